@@ -1,0 +1,11 @@
+//! What Warren's processes say to each other: protobuf messages, identities, names and ports, the
+//! table of errors, and the few mechanisms that both ends of a conversation must do alike (packets
+//! with descriptors, verification of SPIFFE peers, the controller's client).
+
+pub mod config;
+pub mod errors;
+pub mod identity;
+pub mod names;
+pub mod proto;
+pub mod seqpacket;
+pub mod tls;
