@@ -1,1 +1,4 @@
-//! Placeholder.
+//! The data plane: one process a node that carries the traffic of all opted-in pods on it.
+
+pub mod balance;
+pub mod budget;
