@@ -1,0 +1,69 @@
+# What a person types. Every target installs what it needs and is missing (scripts/install-deps.sh).
+# Everything is built with the release profile, so that the lab, the tests and CI compile once and
+# run the same code; only the benches use `dist`, the profile of container images.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+LAB ?= demo
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+build: ## all binaries, target/release/
+	@scripts/install-deps.sh build
+	cargo build --release --workspace --bins
+
+lab: ## a demo mesh on this machine: builds, starts it, sends traffic, verifies, leaves it running (root)
+	@scripts/install-deps.sh build lab
+	cargo build --release --workspace --bins
+	@scripts/lab-demo.sh $(LAB)
+
+lab-down: ## stop the demo mesh and remove every trace of it
+	target/release/warren lab down --name $(LAB)
+
+clean-lab: ## the same for all labs, also those whose `up` was killed
+	@scripts/clean-lab.sh
+
+check: ## the quick look: fmt, clippy, unit tests (a few minutes)
+	@scripts/install-deps.sh build
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo test --release --workspace --lib
+
+test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
+	@scripts/install-deps.sh build lab test
+	cargo build --release --workspace --bins
+	cargo test --release --workspace --exclude warren-tests
+	cargo test --release -p warren-tests -- --test-threads=1
+
+test-long: ## soaks, scale and the whole bench (root; an hour or two on an idle machine)
+	@scripts/install-deps.sh build lab test bench
+	cargo build --release --workspace --bins
+	WARREN_TEST_LONG=1 cargo test --release -p warren-tests -- --test-threads=1
+	$(MAKE) bench
+
+bench: ## side by side: direct, Warren, Envoy; table on the screen, JSON in target/bench/ (root)
+	@scripts/install-deps.sh build lab bench
+	cargo build --profile dist --workspace --bins
+	target/dist/warren-bench run $(BENCH_ARGS)
+
+bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
+	@scripts/install-deps.sh build
+	cargo bench --profile dist -p warren-benches --benches
+
+bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
+	@scripts/install-deps.sh build lab bench
+	cargo build --release --workspace --bins
+	cargo test --release -p warren-benches --benches
+	target/release/warren-bench run --smoke
+
+deny: ## licences, sources, bans and duplicates of dependencies
+	@scripts/install-deps.sh deny
+	cargo deny check bans licenses sources
+
+doc: ## API documentation, warnings denied
+	@scripts/install-deps.sh build
+	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --document-private-items
+
+.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke deny doc

