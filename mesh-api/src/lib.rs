@@ -2,6 +2,7 @@
 //! table of errors, and the few mechanisms that both ends of a conversation must do alike (packets
 //! with descriptors, verification of SPIFFE peers, the controller's client).
 
+pub mod client;
 pub mod config;
 pub mod errors;
 pub mod identity;

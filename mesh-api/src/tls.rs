@@ -113,6 +113,27 @@ pub fn not_after(leaf: &CertificateDer<'_>) -> Option<Duration> {
     }
 }
 
+/// When a certificate's validity begins, in seconds since the epoch.
+pub fn not_before(leaf: &CertificateDer<'_>) -> Option<Duration> {
+    // As above: the error for a certificate judged at the epoch tells it.
+    let cert = EndEntityCert::try_from(leaf).ok()?;
+    let epoch = UnixTime::since_unix_epoch(Duration::ZERO);
+    match cert.verify_for_usage(
+        algorithms().all,
+        &[],
+        &[],
+        epoch,
+        webpki::KeyUsage::client_auth(),
+        None,
+        None,
+    ) {
+        Err(webpki::Error::CertNotValidYet { not_before, .. }) => {
+            Some(Duration::from_secs(not_before.as_secs()))
+        }
+        _ => None,
+    }
+}
+
 /// Verifies a server by the URI name it must prove, not by DNS name.
 #[derive(Debug)]
 pub struct UriServerVerifier {
