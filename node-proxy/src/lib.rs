@@ -2,3 +2,8 @@
 
 pub mod balance;
 pub mod budget;
+pub mod identity;
+pub mod pods;
+pub mod process;
+pub mod stock;
+pub mod table;

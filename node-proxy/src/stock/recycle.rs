@@ -1,0 +1,59 @@
+//! Makes a used TCP socket unconnected and unbound again.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use socket2::SockRef;
+
+/// `true`: the socket is as the agent made it. `false`: its connection is not over, or the kernel would not.
+///
+/// Rules of the kernel this rests on (`tcp_disconnect`, `tcp_set_state` and `__inet_bind` in net/ipv4): a
+/// socket that both sides have finished, or that was reset, is in state CLOSE; `connect(AF_UNSPEC)` drops
+/// its addresses; the port is let go because it was chosen by the kernel; mark, `IP_TRANSPARENT` and
+/// `IP_BIND_ADDRESS_NO_PORT` stay.
+pub(super) fn reset(socket: &OwnedFd) -> bool {
+    let reference = SockRef::from(socket);
+    sys::is_closed(socket.as_fd())
+        && sys::disconnect(socket.as_fd())
+        // What the last connection died of must not be reported to the next.
+        && reference.take_error().is_ok()
+        && reference.set_linger(None).is_ok()
+}
+
+#[allow(unsafe_code)]
+mod sys {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    /// TCP_CLOSE of the kernel's `tcp_states.h`.
+    const TCP_CLOSE: u8 = 7;
+
+    pub(super) fn is_closed(socket: BorrowedFd<'_>) -> bool {
+        let mut state = 0u8;
+        let mut length: libc::socklen_t = 1;
+        // SAFETY: the kernel writes at most `length` bytes, one, into `state`; the first byte of
+        // `struct tcp_info` is the state. Both pointers are valid for the call.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut state).cast(),
+                &raw mut length,
+            )
+        };
+        result == 0 && length == 1 && state == TCP_CLOSE
+    }
+
+    pub(super) fn disconnect(socket: BorrowedFd<'_>) -> bool {
+        // AF_UNSPEC is zero, and so may all other bytes be.
+        let unspecified = [0u8; size_of::<libc::sockaddr>()];
+        // SAFETY: the address is valid for the call and of the length that is passed; only its family is read.
+        let result = unsafe {
+            libc::connect(
+                socket.as_raw_fd(),
+                unspecified.as_ptr().cast(),
+                unspecified.len() as libc::socklen_t,
+            )
+        };
+        result == 0
+    }
+}
