@@ -1,0 +1,215 @@
+//! Reports of the clients that run inside pods: [`mesh-load`](bin/mesh-load.rs) and
+//! [`mesh-hold`](bin/mesh-hold.rs).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::lab::{Lab, PodRef};
+use crate::process::Background;
+use crate::scenario::{Scenario, binary};
+use crate::wait::wait_until;
+
+/// What became of the connections of a load.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoadReport {
+    /// Connections tried.
+    pub started: u64,
+    /// Connected, answered correctly, closed in order.
+    pub ok: u64,
+    /// `connect` was refused.
+    pub refused: u64,
+    /// `connect` failed otherwise.
+    pub unreachable: u64,
+    /// Connected, then reset or closed before the whole answer.
+    pub cut: u64,
+    /// Not done within the deadline.
+    pub timed_out: u64,
+    /// Another answer than what was sent.
+    pub wrong: u64,
+    /// Longest `connect`.
+    pub slowest_connect_ms: f64,
+    /// Longest wait from `connect` to the whole answer, among those that got it.
+    pub slowest_ms: f64,
+    /// Median of the same.
+    pub median_ms: f64,
+    /// 99th percentile of the same.
+    pub p99_ms: f64,
+    /// The generator's own delay against its schedule: how far its numbers can be trusted.
+    pub lag_ms: f64,
+    /// The first failures, with the time since the start.
+    pub failures: Vec<String>,
+}
+
+impl LoadReport {
+    /// Connections that were not served.
+    pub fn failed(&self) -> u64 {
+        self.started - self.ok
+    }
+
+    /// Panics unless every connection was served.
+    #[track_caller]
+    pub fn expect_no_failure(&self, what: &str) {
+        assert!(self.started > 0, "{what}: no connection was tried");
+        assert_eq!(self.failed(), 0, "{what}: {self:#?}");
+    }
+
+    /// Panics if a connection was refused, failed to connect or waited for more than `longest`, or if
+    /// more than `cut` of those already established were lost.
+    #[track_caller]
+    pub fn expect_no_refusal(&self, what: &str, longest: Duration, cut: u64) {
+        assert!(self.started > 0, "{what}: no connection was tried");
+        assert_eq!(
+            self.refused + self.unreachable,
+            0,
+            "{what}: refused: {self:#?}"
+        );
+        assert_eq!(self.timed_out + self.wrong, 0, "{what}: {self:#?}");
+        assert!(
+            self.cut <= cut,
+            "{what}: more than {cut} established connections were lost: {self:#?}"
+        );
+        let longest = longest.as_secs_f64() * 1e3;
+        assert!(
+            self.slowest_ms < longest,
+            "{what}: waited longer than {longest} ms: {self:#?}"
+        );
+    }
+}
+
+/// What became of connections that were held.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HoldReport {
+    /// Connections that were opened and answered.
+    pub held: u64,
+    /// Connections that could not be opened.
+    pub failed: u64,
+    /// Connections that broke while they were held.
+    pub broken: u64,
+    /// Lines exchanged after the opening.
+    pub ticks: u64,
+    /// Longest wait for an answer to one of them.
+    pub slowest_tick_ms: f64,
+    /// The first failures.
+    pub failures: Vec<String>,
+}
+
+/// A client in a pod that runs until it is told to stop.
+#[derive(Debug)]
+pub struct Running {
+    process: Background,
+    stop: PathBuf,
+}
+
+impl Running {
+    /// New connections at a steady rate, each a line sent and echoed. Returns once the first was served.
+    #[track_caller]
+    pub fn load(s: &Scenario, lab: &Lab, pod: PodRef<'_>, target: &str, rate: u32) -> Self {
+        Self::start(
+            s,
+            lab,
+            pod,
+            "mesh-load",
+            &["--target", target, "--rate", &rate.to_string()],
+            "serving",
+        )
+    }
+
+    /// Holds `connections` open from `processes` processes, each connection exchanging a line every
+    /// `tick` (none: idle until the end). Returns once all are open.
+    #[track_caller]
+    pub fn hold(
+        s: &Scenario,
+        lab: &Lab,
+        pod: PodRef<'_>,
+        target: &str,
+        (connections, processes): (u64, u64),
+        tick: Option<Duration>,
+    ) -> Self {
+        let tick = tick.map_or(0, |t| t.as_millis());
+        Self::start(
+            s,
+            lab,
+            pod,
+            "mesh-hold",
+            &[
+                "--target",
+                target,
+                "--connections",
+                &connections.to_string(),
+                "--processes",
+                &processes.to_string(),
+                "--tick-ms",
+                &tick.to_string(),
+            ],
+            "held",
+        )
+    }
+
+    #[track_caller]
+    fn start(
+        s: &Scenario,
+        lab: &Lab,
+        pod: PodRef<'_>,
+        program: &str,
+        args: &[&str],
+        ready: &str,
+    ) -> Self {
+        let stop = s.fresh_path("stop");
+        let program = binary(program).display().to_string();
+        let stop_text = stop.display().to_string();
+        let mut command = vec![program.as_str()];
+        command.extend_from_slice(args);
+        command.extend_from_slice(&["--stop", &stop_text]);
+        let mut process = lab.exec_background(pod, &command);
+        process.wait_for_line(Duration::from_secs(60), |line| line.starts_with(ready));
+        Self { process, stop }
+    }
+
+    /// Whether it has not ended by itself.
+    pub fn running(&mut self) -> bool {
+        self.process.running()
+    }
+
+    /// Lets it end and returns its report.
+    #[track_caller]
+    pub fn stop<R: for<'a> Deserialize<'a>>(self) -> R {
+        std::fs::write(&self.stop, "").expect("the scenario's directory can be written");
+        let done = self.process.finish(Duration::from_secs(60)).expect_ok();
+        let line = done.stdout.lines().rfind(|l| l.starts_with('{'));
+        let line = line.unwrap_or_else(|| panic!("no report: {done}"));
+        serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))
+    }
+}
+
+/// Runs a `mesh-try` experiment in a pod and returns its JSON answer.
+#[track_caller]
+pub fn attempt(lab: &Lab, pod: PodRef<'_>, args: &[&str]) -> serde_json::Value {
+    let program = binary("mesh-try").display().to_string();
+    let mut command = vec![program.as_str()];
+    command.extend_from_slice(args);
+    let done = lab
+        .exec_within(pod, &command, Duration::from_secs(60))
+        .expect_ok();
+    serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
+}
+
+/// Repeats a `mesh-try` experiment until `wanted` holds of its answer.
+#[track_caller]
+pub fn attempt_until(
+    lab: &Lab,
+    pod: PodRef<'_>,
+    args: &[&str],
+    what: &str,
+    wanted: impl Fn(&serde_json::Value) -> bool,
+) -> serde_json::Value {
+    wait_until(what, Duration::from_secs(20), || {
+        let answer = attempt(lab, pod, args);
+        if wanted(&answer) {
+            Ok(answer)
+        } else {
+            Err(answer)
+        }
+    })
+}

@@ -1,0 +1,53 @@
+//! Peers in another language: Python with `h2`, in a virtual environment under the target directory.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::process::run;
+
+/// The interpreter, with `h2` installed. Makes the environment if it is missing.
+#[track_caller]
+pub fn interpreter() -> PathBuf {
+    let venv = workspace().join("target/venv");
+    let python = venv.join("bin/python");
+    if !python.exists() {
+        run(
+            Command::new("python3").args(["-m", "venv"]).arg(&venv),
+            Duration::from_secs(120),
+        )
+        .expect_ok();
+    }
+    let has_h2 = run(
+        Command::new(&python).args(["-c", "import h2"]),
+        Duration::from_secs(20),
+    )
+    .ok();
+    if !has_h2 {
+        let mut pip = Command::new(&python);
+        pip.args([
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "h2",
+        ]);
+        run(&mut pip, Duration::from_secs(180)).expect_ok();
+    }
+    python
+}
+
+/// A program of `tests/peers`.
+pub fn peer(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("peers")
+        .join(name);
+    assert!(path.exists(), "{} is missing", path.display());
+    path
+}
+
+fn workspace() -> &'static Path {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests)
+}
