@@ -1,0 +1,222 @@
+//! What a workload consumes in the proxy, counted and bounded.
+//!
+//! Every pod has one [`Account`]. A resource is charged by taking a guard and given back when the guard
+//! drops, so a counter can only be as wrong as a leaked guard. Over a limit means a refused connection
+//! (or a reset stream) of that workload alone, and a count in `warren_workload_refusals_total`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use mesh_api::errors::ProxyError;
+use serde::{Deserialize, Serialize};
+
+/// Upper bounds for one workload (pod). 0 connections: four fifths of the descriptor limit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Captured connections of the pod, both directions, that are open at once. Default 0: four fifths
+    /// of the descriptor limit of the process.
+    pub connections: usize,
+    /// Tunnel streams to the pod that are open at once. Default 0: as `connections`.
+    pub streams: usize,
+    /// Bytes the proxy holds because the pod, or a peer of the pod, does not read. Default 64 MiB.
+    pub buffered_bytes: usize,
+    /// Sockets in the pod's namespace that are in use at once. Default 0: as `connections`.
+    pub sockets: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 0, streams: 0, buffered_bytes: 64 << 20, sockets: 0 }
+    }
+}
+
+impl Limits {
+    /// Replaces "0" by what it stands for under the process's descriptor limit.
+    pub fn resolved(&self, descriptor_limit: u64) -> Self {
+        let automatic = usize::try_from(descriptor_limit / 5 * 4).unwrap_or(usize::MAX).max(16);
+        let or_automatic = |value: usize| if value == 0 { automatic } else { value };
+        let connections = or_automatic(self.connections);
+        let or_connections = |value: usize| if value == 0 { connections } else { value };
+        Self {
+            connections,
+            streams: or_connections(self.streams),
+            buffered_bytes: self.buffered_bytes,
+            sockets: or_connections(self.sockets),
+        }
+    }
+}
+
+/// What is charged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resource {
+    /// A captured connection.
+    Connection,
+    /// A tunnel stream to the pod.
+    Stream,
+    /// Bytes held for a peer that does not read.
+    BufferedBytes,
+    /// A socket in the pod's namespace.
+    Socket,
+}
+
+impl Resource {
+    /// Every resource, in the order of the account's counters.
+    pub const ALL: [Resource; 4] = [Self::Connection, Self::Stream, Self::BufferedBytes, Self::Socket];
+
+    /// Value of the metric label `resource`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Connection => "connections",
+            Self::Stream => "streams",
+            Self::BufferedBytes => "buffered_bytes",
+            Self::Socket => "sockets",
+        }
+    }
+}
+
+/// The account of one workload.
+#[derive(Debug)]
+pub struct Account {
+    namespace: Arc<str>,
+    pod: Arc<str>,
+    used: [AtomicUsize; 4],
+    limits: [usize; 4],
+    refused: [AtomicU64; 4],
+}
+
+impl Account {
+    /// An account with nothing charged. `limits` must be resolved.
+    pub fn new(namespace: Arc<str>, pod: Arc<str>, limits: &Limits) -> Arc<Self> {
+        let Limits { connections, streams, buffered_bytes, sockets } = *limits;
+        Arc::new(Self {
+            namespace,
+            pod,
+            used: Default::default(),
+            limits: [connections, streams, buffered_bytes, sockets],
+            refused: Default::default(),
+        })
+    }
+
+    /// Namespace of the pod.
+    pub fn namespace(&self) -> &Arc<str> {
+        &self.namespace
+    }
+
+    /// Name of the pod.
+    pub fn pod(&self) -> &Arc<str> {
+        &self.pod
+    }
+
+    /// What is charged now.
+    pub fn used(&self, resource: Resource) -> usize {
+        self.used[resource as usize].load(Ordering::Relaxed)
+    }
+
+    /// The upper bound.
+    pub fn limit(&self, resource: Resource) -> usize {
+        self.limits[resource as usize]
+    }
+
+    /// How often the bound was met.
+    pub fn refused(&self, resource: Resource) -> u64 {
+        self.refused[resource as usize].load(Ordering::Relaxed)
+    }
+
+    /// Charges one unit until the guard drops.
+    pub fn charge(self: &Arc<Self>, resource: Resource) -> Result<Charge, ProxyError> {
+        let mut charge = self.open_charge(resource);
+        charge.add(1)?;
+        Ok(charge)
+    }
+
+    /// A guard with nothing charged yet.
+    pub fn open_charge(self: &Arc<Self>, resource: Resource) -> Charge {
+        Charge { account: Arc::clone(self), resource, amount: 0 }
+    }
+}
+
+/// An amount charged to an account; given back on drop.
+#[derive(Debug)]
+pub struct Charge {
+    account: Arc<Account>,
+    resource: Resource,
+    amount: usize,
+}
+
+impl Charge {
+    /// Charges more. On [`ProxyError::WorkloadLimit`] nothing was charged.
+    pub fn add(&mut self, amount: usize) -> Result<(), ProxyError> {
+        let index = self.resource as usize;
+        let before = self.account.used[index].fetch_add(amount, Ordering::Relaxed);
+        if before.saturating_add(amount) > self.account.limits[index] {
+            self.account.used[index].fetch_sub(amount, Ordering::Relaxed);
+            self.account.refused[index].fetch_add(1, Ordering::Relaxed);
+            return Err(ProxyError::WorkloadLimit);
+        }
+        self.amount += amount;
+        Ok(())
+    }
+
+    /// Gives back a part; at most what was charged.
+    pub fn release(&mut self, amount: usize) {
+        let amount = amount.min(self.amount);
+        self.amount -= amount;
+        self.account.used[self.resource as usize].fetch_sub(amount, Ordering::Relaxed);
+    }
+
+    /// What this guard holds.
+    pub fn amount(&self) -> usize {
+        self.amount
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.release(self.amount);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn account(limits: Limits) -> Arc<Account> {
+        Account::new("demo".into(), "web".into(), &limits)
+    }
+
+    #[test]
+    fn over_the_limit_is_refused_and_counted_and_the_rest_given_back() {
+        let account = account(Limits { connections: 2, streams: 1, buffered_bytes: 10, sockets: 1 });
+        let first = account.charge(Resource::Connection).unwrap();
+        let second = account.charge(Resource::Connection).unwrap();
+        assert_eq!(account.charge(Resource::Connection).unwrap_err(), ProxyError::WorkloadLimit);
+        assert_eq!((account.used(Resource::Connection), account.refused(Resource::Connection)), (2, 1));
+        drop(first);
+        assert!(account.charge(Resource::Connection).is_ok());
+        drop(second);
+        assert_eq!(account.used(Resource::Connection), 0);
+        assert_eq!(account.refused(Resource::Stream), 0);
+    }
+
+    #[test]
+    fn buffered_bytes_grow_and_shrink() {
+        let account = account(Limits { buffered_bytes: 10, ..Limits::default() });
+        let mut held = account.open_charge(Resource::BufferedBytes);
+        held.add(8).unwrap();
+        assert!(held.add(3).is_err());
+        held.release(100);
+        assert_eq!((held.amount(), account.used(Resource::BufferedBytes)), (0, 0));
+        held.add(10).unwrap();
+        drop(held);
+        assert_eq!(account.used(Resource::BufferedBytes), 0);
+    }
+
+    #[test]
+    fn automatic_limits_leave_room() {
+        let limits = Limits::default().resolved(20_000);
+        assert_eq!((limits.connections, limits.streams, limits.sockets), (16_000, 16_000, 16_000));
+        let limits = Limits { connections: 5, ..Limits::default() }.resolved(20_000);
+        assert_eq!((limits.connections, limits.streams), (5, 5));
+    }
+}

@@ -1,0 +1,90 @@
+//! Connects to an app from inside its pod's network namespace, or to the outside from inside a caller's.
+//!
+//! The proxy has no capability: the sockets come from the pod's [`Stock`], made by the agent with mark and
+//! IP_TRANSPARENT set, so that binding one to the caller's address is allowed.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::errors::ProxyError;
+use mesh_api::names::{INBOUND_PORT, OUTBOUND_PORT, TUNNEL_PORT};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, timeout_at};
+
+use crate::budget::{Charge, Resource};
+use crate::pods::Pod;
+use crate::tcp::set_options;
+
+/// Time to get a socket and a connection.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection from inside a pod's namespace. Its socket goes back to the pod's stock when the
+/// connection has ended on both sides.
+#[derive(Debug)]
+pub struct Delivered {
+    stream: Option<TcpStream>,
+    pod: Arc<Pod>,
+    v6: bool,
+    _charge: Charge,
+}
+
+/// Connects to `to`, one of `pod`'s own addresses, so that the app sees `from` as its peer.
+pub async fn to_app(pod: &Arc<Pod>, from: IpAddr, to: SocketAddr) -> Result<Delivered, ProxyError> {
+    if matches!(to.port(), OUTBOUND_PORT | INBOUND_PORT | TUNNEL_PORT) || to.ip().is_loopback() {
+        return Err(ProxyError::ForbiddenTarget);
+    }
+    open(pod, Some(from), to).await
+}
+
+/// Connects to `to` as the pod itself would, uncaptured.
+pub async fn to_outside(pod: &Arc<Pod>, to: SocketAddr) -> Result<Delivered, ProxyError> {
+    open(pod, None, to).await
+}
+
+async fn open(pod: &Arc<Pod>, from: Option<IpAddr>, to: SocketAddr) -> Result<Delivered, ProxyError> {
+    let charge = pod.account.charge(Resource::Socket)?;
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
+    let v6 = to.is_ipv6();
+    let socket = pod.stock.take(v6, deadline).await.ok_or(ProxyError::NoSocket)?;
+    let connecting = connect(socket, from, to);
+    match timeout_at(deadline, connecting).await {
+        Ok(Ok(stream)) => Ok(Delivered { stream: Some(stream), pod: Arc::clone(pod), v6, _charge: charge }),
+        Ok(Err(error)) => Err(match error.kind() {
+            io::ErrorKind::ConnectionRefused => ProxyError::ConnectRefused,
+            io::ErrorKind::TimedOut => ProxyError::ConnectTimeout,
+            _ => {
+                tracing::debug!(pod = %pod.uid, %to, ?from, %error, "connect failed");
+                ProxyError::ConnectFailed
+            }
+        }),
+        Err(_late) => Err(ProxyError::ConnectTimeout),
+    }
+}
+
+async fn connect(socket: OwnedFd, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+    set_options(socket2::SockRef::from(&socket))?;
+    let socket = TcpSocket::from_std_stream(socket.into());
+    if let Some(from) = from {
+        // Port 0 with IP_BIND_ADDRESS_NO_PORT: the port is chosen by connect, per destination.
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    socket.connect(to).await
+}
+
+impl Delivered {
+    /// The connection.
+    pub fn stream(&self) -> &TcpStream {
+        // Taken only by `recycle`, which consumes.
+        self.stream.as_ref().expect("a delivered connection has its stream until it is recycled")
+    }
+
+    /// Gives the socket back for another connection. Only for one that has ended on both sides.
+    pub fn recycle(mut self) {
+        if let Some(socket) = self.stream.take().and_then(|stream| stream.into_std().ok()) {
+            self.pod.stock.give_back(socket.into(), self.v6);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Probes of the kubelet in strict mode: from the node's own addresses, exactly what the pod declares
+//! passes, and nothing else.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::errors::ProxyError;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::deliver;
+use crate::pods::{Pod, PodInfo, ProbeKind};
+use crate::tcp::{self, finish_writing, with_scratch, write_some};
+
+/// A probe that takes longer has failed at the kubelet long before.
+const TIMEOUT: Duration = Duration::from_secs(60);
+const MAX_HEAD: usize = 8 * 1024;
+const MAX_HEADERS: usize = 64;
+
+/// Serves a connection from one of the node's addresses.
+pub async fn serve(
+    pod: &Arc<Pod>,
+    info: &PodInfo,
+    socket: &TcpStream,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Result<(), ProxyError> {
+    let declared: Vec<&ProbeKind> =
+        info.probes.iter().filter(|p| p.port == destination.port()).map(|p| &p.kind).collect();
+    if declared.is_empty() {
+        return Err(ProxyError::PlaintextRefused);
+    }
+    match timeout(TIMEOUT, probe(pod, &declared, socket, peer, destination)).await {
+        Ok(result) => result,
+        Err(_late) => Err(ProxyError::ConnectTimeout),
+    }
+}
+
+async fn probe(
+    pod: &Arc<Pod>,
+    declared: &[&ProbeKind],
+    socket: &TcpStream,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Result<(), ProxyError> {
+    let app = deliver::to_app(pod, peer.ip(), destination).await?;
+    let head = read_head(socket).await.map_err(|_| ProxyError::PlaintextRefused)?;
+    if head.is_empty() {
+        // A TCP probe connects and sends nothing.
+        let tcp = declared.iter().any(|kind| matches!(kind, ProbeKind::TcpSocket));
+        return if tcp { Ok(()) } else { Err(ProxyError::PlaintextRefused) };
+    }
+    let path = request_path(&head).ok_or(ProxyError::PlaintextRefused)?;
+    let http = declared.iter().any(|kind| matches!(kind, ProbeKind::HttpGet(declared) if *declared == path));
+    if !http {
+        return Err(ProxyError::PlaintextRefused);
+    }
+    let io = |_: io::Error| ProxyError::ConnectFailed;
+    if write_some(app.stream(), &head).map_err(io)? < head.len() {
+        // A head of 8 KiB always fits an empty socket buffer.
+        return Err(ProxyError::Internal);
+    }
+    answer(app.stream(), socket).await.map_err(io)
+}
+
+/// Copies the answer until the app or the prober closes; a prober that sends more is cut off.
+async fn answer(app: &TcpStream, prober: &TcpStream) -> io::Result<()> {
+    loop {
+        tokio::select! {
+            readable = app.readable() => {
+                readable?;
+                let step: io::Result<_> = with_scratch(|scratch| {
+                    let length = app.try_read(scratch)?;
+                    let written = write_some(prober, &scratch[..length])?;
+                    Ok((length, scratch[written..length].to_vec()))
+                });
+                match step {
+                    Ok((0, _)) => return finish_writing(prober),
+                    Ok((_, mut rest)) => {
+                        while !rest.is_empty() {
+                            prober.writable().await?;
+                            rest.drain(..write_some(prober, &rest)?);
+                        }
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            readable = prober.readable() => {
+                readable?;
+                match with_scratch(|scratch| prober.try_read(scratch)) {
+                    Ok(0) => return Ok(()),
+                    Ok(_) => {
+                        tcp::reset_on_close(prober);
+                        return Ok(());
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+    }
+}
+
+/// Reads until the end of the head; empty if the prober closed without sending.
+async fn read_head(socket: &TcpStream) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    while !head.windows(4).any(|w| w == b"\r\n\r\n") {
+        socket.readable().await?;
+        let limit = MAX_HEAD - head.len();
+        if limit == 0 {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let read: io::Result<usize> = with_scratch(|scratch| {
+            let length = socket.try_read(&mut scratch[..limit])?;
+            head.extend_from_slice(&scratch[..length]);
+            Ok(length)
+        });
+        match read {
+            Ok(0) => return Ok(head),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(head)
+}
+
+/// The target of a GET without a body and with nothing behind it.
+fn request_path(head: &[u8]) -> Option<String> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    let httparse::Status::Complete(length) = request.parse(head).ok()? else { return None };
+    let bodiless = request.headers.iter().all(|h| {
+        !h.name.eq_ignore_ascii_case("transfer-encoding")
+            && !h.name.eq_ignore_ascii_case("upgrade")
+            && !(h.name.eq_ignore_ascii_case("content-length") && h.value != b"0")
+    });
+    (length == head.len() && bodiless && request.method == Some("GET")).then(|| request.path.unwrap_or_default().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_bare_get_is_a_probe() {
+        let path = |head: &str| request_path(head.as_bytes());
+        assert_eq!(path("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_deref(), Some("/healthz"));
+        for head in [
+            "POST /healthz HTTP/1.1\r\n\r\n",
+            "GET /healthz HTTP/1.1\r\nContent-Length: 3\r\n\r\n",
+            "GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "GET /healthz HTTP/1.1\r\nUpgrade: websocket\r\n\r\n",
+            "GET /healthz HTTP/1.1\r\n\r\nGET /secret HTTP/1.1\r\n\r\n",
+            "\u{16}\u{3}\u{1}\r\n\r\n",
+        ] {
+            assert_eq!(path(head), None, "{head:?}");
+        }
+    }
+}

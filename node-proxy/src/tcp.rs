@@ -1,0 +1,143 @@
+//! Copies bytes between two sockets.
+//!
+//! An idle connection owns no buffer: bytes are read into one scratch buffer per thread and written on at
+//! once. Only what the receiver does not take is kept, in an allocation of just that size, charged to the
+//! workload; nothing more is read until it is gone, so back-pressure reaches the sender. End of stream
+//! and reset are passed on as what they are.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::Shutdown;
+use std::time::Duration;
+
+use mesh_api::errors::ProxyError;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+use crate::budget::Charge;
+use crate::telemetry::Meter;
+
+/// Size of a thread's scratch buffer: what one read takes at most.
+pub const CHUNK: usize = 64 * 1024;
+
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// How a relay ended when not by both sides finishing.
+#[derive(Debug)]
+pub enum Broken {
+    /// A socket failed: reset by the app, or time-out.
+    Io(io::Error),
+    /// The tunnel stream was reset.
+    Stream,
+    /// A limit was reached.
+    Limit(ProxyError),
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Sets what every socket to an app has: no Nagle delay, keepalive. Sockets accepted from a listener
+/// inherit both from it.
+pub fn set_options(socket: SockRef<'_>) -> io::Result<()> {
+    let keepalive =
+        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_nodelay(true)
+}
+
+/// Makes the kernel send RST when the socket is closed.
+pub fn reset_on_close(stream: &TcpStream) {
+    // A socket that is already gone needs no reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Sends FIN.
+pub fn finish_writing(stream: &TcpStream) -> io::Result<()> {
+    match SockRef::from(stream).shutdown(Shutdown::Write) {
+        // The peer has gone already.
+        Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(()),
+        other => other,
+    }
+}
+
+/// Copies both ways until both sides have finished. On an error both sockets are set to reset.
+///
+/// `sent` counts bytes from `source` to `destination`.
+pub async fn relay(
+    source: &TcpStream,
+    destination: &TcpStream,
+    sent: &Meter,
+    received: &Meter,
+    mut buffered: [Charge; 2],
+) -> Result<(), Broken> {
+    let [up, down] = &mut buffered;
+    let result = tokio::try_join!(
+        pump(source, destination, sent, up),
+        pump(destination, source, received, down)
+    );
+    if result.is_err() {
+        reset_on_close(source);
+        reset_on_close(destination);
+    }
+    result.map(|_| ())
+}
+
+async fn pump(from: &TcpStream, to: &TcpStream, count: &Meter, buffered: &mut Charge) -> Result<(), Broken> {
+    loop {
+        from.readable().await?;
+        let step: io::Result<_> = with_scratch(|scratch| {
+            let length = from.try_read(scratch)?;
+            let written = write_some(to, &scratch[..length])?;
+            Ok((length, scratch[written..length].to_vec()))
+        });
+        match step {
+            Ok((0, _)) => return Ok(finish_writing(to)?),
+            Ok((length, rest)) => {
+                count.add(length);
+                if !rest.is_empty() {
+                    buffered.add(rest.len()).map_err(Broken::Limit)?;
+                    write_all(to, &rest).await?;
+                    buffered.release(rest.len());
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Runs `read` with this thread's scratch buffer. `read` must not block or re-enter.
+pub fn with_scratch<T>(read: impl FnOnce(&mut [u8]) -> T) -> T {
+    thread_local!(static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into()));
+    SCRATCH.with(|scratch| read(&mut scratch.borrow_mut()))
+}
+
+/// Writes what the socket takes now.
+pub fn write_some(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match to.try_write(&bytes[written..]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => written += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(written)
+}
+
+async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        to.writable().await?;
+        bytes = &bytes[write_some(to, bytes)?..];
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
