@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use parking_lot::Mutex;
-use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder};
+use prometheus_client::encoding::{
+    EncodeLabel, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder,
+};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -18,6 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 pub mod access_log;
+pub mod budgets;
 
 /// Which half of a connection this series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,7 +75,10 @@ impl Party {
 
     /// A pod of the mesh.
     pub fn meshed(owner: &Arc<str>, identity: &Identity) -> Self {
-        Self { workload: Some(Arc::clone(owner)), identity: Some(identity.clone()) }
+        Self {
+            workload: Some(Arc::clone(owner)),
+            identity: Some(identity.clone()),
+        }
     }
 
     /// Label value.
@@ -110,7 +116,13 @@ pub struct TcpLabels {
 
 impl EncodeLabelSet for TcpLabels {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Self { reporter, source, destination, service, security } = self;
+        let Self {
+            reporter,
+            source,
+            destination,
+            service,
+            security,
+        } = self;
         ("reporter", *reporter).encode(encoder.encode_label())?;
         ("source_workload", source.workload()).encode(encoder.encode_label())?;
         ("source_namespace", source.namespace()).encode(encoder.encode_label())?;
@@ -118,7 +130,8 @@ impl EncodeLabelSet for TcpLabels {
         ("destination_workload", destination.workload()).encode(encoder.encode_label())?;
         ("destination_namespace", destination.namespace()).encode(encoder.encode_label())?;
         ("destination_principal", destination.principal()).encode(encoder.encode_label())?;
-        ("destination_service", service.as_deref().unwrap_or(UNKNOWN)).encode(encoder.encode_label())?;
+        ("destination_service", service.as_deref().unwrap_or(UNKNOWN))
+            .encode(encoder.encode_label())?;
         ("security", *security).encode(encoder.encode_label())
     }
 }
@@ -170,7 +183,10 @@ pub struct Meter {
 impl Meter {
     /// A meter that counts into `series`.
     pub fn new(series: Counter) -> Self {
-        Self { series, own: AtomicU64::new(0) }
+        Self {
+            series,
+            own: AtomicU64::new(0),
+        }
     }
 
     /// Counts `bytes`.
@@ -243,23 +259,70 @@ impl Telemetry {
             registry: Mutex::new(Registry::default()),
         };
         let r = &mut registry;
-        r.register("tcp_connections_opened", "Connections established", telemetry.opened.clone());
-        r.register("tcp_connections_closed", "Established connections that have ended", telemetry.closed.clone());
-        r.register("tcp_connections_failed", "Connections refused or not established, by reason", telemetry.failed.clone());
-        r.register("tcp_sent_bytes", "Bytes from the source to the destination", telemetry.sent.clone());
-        r.register("tcp_received_bytes", "Bytes from the destination to the source", telemetry.received.clone());
-        r.register("tunnel_handshakes", "TLS handshakes of tunnels, by side and result", telemetry.handshakes.clone());
-        r.register("tunnels_open", "Tunnels that are open, by side", telemetry.tunnels.clone());
-        r.register("tunnel_streams_open", "Streams in tunnels that are open, by side", telemetry.streams.clone());
+        r.register(
+            "tcp_connections_opened",
+            "Connections established",
+            telemetry.opened.clone(),
+        );
+        r.register(
+            "tcp_connections_closed",
+            "Established connections that have ended",
+            telemetry.closed.clone(),
+        );
+        r.register(
+            "tcp_connections_failed",
+            "Connections refused or not established, by reason",
+            telemetry.failed.clone(),
+        );
+        r.register(
+            "tcp_sent_bytes",
+            "Bytes from the source to the destination",
+            telemetry.sent.clone(),
+        );
+        r.register(
+            "tcp_received_bytes",
+            "Bytes from the destination to the source",
+            telemetry.received.clone(),
+        );
+        r.register(
+            "tunnel_handshakes",
+            "TLS handshakes of tunnels, by side and result",
+            telemetry.handshakes.clone(),
+        );
+        r.register(
+            "tunnels_open",
+            "Tunnels that are open, by side",
+            telemetry.tunnels.clone(),
+        );
+        r.register(
+            "tunnel_streams_open",
+            "Streams in tunnels that are open, by side",
+            telemetry.streams.clone(),
+        );
         r.register(
             "plaintext_allowed",
             "Plaintext connections between meshed pods that were let through, by reason",
             telemetry.plaintext_allowed.clone(),
         );
-        r.register("accept_errors", "Connections that could not be accepted, by reason", telemetry.accept_errors.clone());
-        r.register("access_log_dropped", "Access log lines dropped", telemetry.access_log_dropped.clone());
-        r.register("build", "Version of the proxy", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
-        Arc::new(Self { registry: Mutex::new(registry), ..telemetry })
+        r.register(
+            "accept_errors",
+            "Connections that could not be accepted, by reason",
+            telemetry.accept_errors.clone(),
+        );
+        r.register(
+            "access_log_dropped",
+            "Access log lines dropped",
+            telemetry.access_log_dropped.clone(),
+        );
+        r.register(
+            "build",
+            "Version of the proxy",
+            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        Arc::new(Self {
+            registry: Mutex::new(registry),
+            ..telemetry
+        })
     }
 
     /// Lets another module register its metrics.
@@ -289,7 +352,10 @@ impl Telemetry {
 
     /// Counts a connection that was refused or not established.
     pub fn fail(&self, labels: &TcpLabels, error: ProxyError) {
-        let labels = FailedLabels { connection: labels.clone(), reason: error.name() };
+        let labels = FailedLabels {
+            connection: labels.clone(),
+            reason: error.name(),
+        };
         self.failed.get_or_create(&labels).inc();
     }
 }
@@ -335,12 +401,34 @@ mod tests {
         drop(open);
         let after = telemetry.encode();
         let line = |text: &str, name: &str| {
-            text.lines().find(|l| l.starts_with(name) && l.contains(r#"source_workload="client""#)).map(str::to_owned)
+            text.lines()
+                .find(|l| l.starts_with(name) && l.contains(r#"source_workload="client""#))
+                .map(str::to_owned)
         };
-        assert!(line(&before, "warren_tcp_connections_opened_total").unwrap().ends_with(" 1"));
-        assert!(line(&before, "warren_tcp_connections_closed_total").unwrap().ends_with(" 0"));
-        assert!(line(&after, "warren_tcp_connections_closed_total").unwrap().ends_with(" 1"));
-        assert!(line(&after, "warren_tcp_sent_bytes_total").unwrap().ends_with(" 5"));
-        assert!(line(&after, "warren_tcp_connections_failed_total").unwrap().contains(r#"reason="no_endpoint""#));
+        assert!(
+            line(&before, "warren_tcp_connections_opened_total")
+                .unwrap()
+                .ends_with(" 1")
+        );
+        assert!(
+            line(&before, "warren_tcp_connections_closed_total")
+                .unwrap()
+                .ends_with(" 0")
+        );
+        assert!(
+            line(&after, "warren_tcp_connections_closed_total")
+                .unwrap()
+                .ends_with(" 1")
+        );
+        assert!(
+            line(&after, "warren_tcp_sent_bytes_total")
+                .unwrap()
+                .ends_with(" 5")
+        );
+        assert!(
+            line(&after, "warren_tcp_connections_failed_total")
+                .unwrap()
+                .contains(r#"reason="no_endpoint""#)
+        );
     }
 }

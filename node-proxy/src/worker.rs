@@ -27,11 +27,11 @@ use crate::pods::{Host, Pod, Pods};
 use crate::table::Table;
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::budgets::Budgets;
 use crate::tunnel::pool::Pool;
 use crate::tunnel::tls::ServerConfigs;
 
 /// What every connection may look at.
-#[derive(Debug)]
 pub struct Context {
     /// Name of this node.
     pub node: Arc<str>,
@@ -51,6 +51,14 @@ pub struct Context {
     pub server_configs: ServerConfigs,
     /// Live connections.
     pub connections: Arc<Connections>,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
 }
 
 /// One thread's share.
@@ -114,7 +122,13 @@ impl Worker {
     }
 
     /// Puts a connection on the list of live ones.
-    pub fn list(&self, direction: &'static str, pod: &Pod, source: SocketAddr, destination: SocketAddr) -> Listed {
+    pub fn list(
+        &self,
+        direction: &'static str,
+        pod: &Pod,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> Listed {
         self.context.connections.list(Connection {
             direction,
             pod: Arc::clone(pod.account.pod()),
@@ -129,6 +143,10 @@ impl Workers {
     /// Starts `count` threads.
     pub fn start(count: usize, context: Context) -> io::Result<Arc<Self>> {
         let context = Arc::new(context);
+        let budgets = Budgets(Arc::clone(&context.pods));
+        context
+            .telemetry
+            .register(|registry| registry.register_collector(Box::new(budgets)));
         let tasks = TaskTracker::new();
         let (draining, drain) = watch::channel(false);
         let mut workers = Vec::new();
@@ -136,7 +154,10 @@ impl Workers {
         for number in 0..count.max(1) {
             let (stopped, stopping) = oneshot::channel();
             workers.push(Arc::new(Worker {
-                pool: Pool::new(Arc::clone(&context.identities), Arc::clone(&context.telemetry)),
+                pool: Pool::new(
+                    Arc::clone(&context.identities),
+                    Arc::clone(&context.telemetry),
+                ),
                 context: Arc::clone(&context),
                 handle: start_thread(number, stopping)?,
                 tasks: tasks.clone(),
@@ -162,20 +183,37 @@ impl Workers {
         let worker = {
             let mut homes = self.homes.lock();
             let load = |w: usize| homes.values().filter(|home| home.worker == w).count();
-            let worker = (0..self.workers.len()).min_by_key(|w| load(*w)).unwrap_or(0);
-            let before = homes.insert(Arc::clone(&pod.uid), Home { worker, stop: stop.clone() });
+            let worker = (0..self.workers.len())
+                .min_by_key(|w| load(*w))
+                .unwrap_or(0);
+            let before = homes.insert(
+                Arc::clone(&pod.uid),
+                Home {
+                    worker,
+                    stop: stop.clone(),
+                },
+            );
             if let Some(before) = before {
                 before.stop.cancel();
             }
             &self.workers[worker]
         };
-        let PodListeners { outbound, inbound, hbone } = listeners;
+        let PodListeners {
+            outbound,
+            inbound,
+            hbone,
+        } = listeners;
         for (capture, listener) in [
             (Capture::Outbound(Arc::clone(&pod)), outbound),
             (Capture::Inbound(Arc::clone(&pod)), inbound),
             (Capture::Hbone(pod), hbone),
         ] {
-            worker.spawn_untracked(accept::run(vec![Arc::clone(worker)], capture, listener, stop.clone()));
+            worker.spawn_untracked(accept::run(
+                vec![Arc::clone(worker)],
+                capture,
+                listener,
+                stop.clone(),
+            ));
         }
     }
 
@@ -185,8 +223,15 @@ impl Workers {
             home.stop.cancel();
         }
         let pods = &self.context.pods;
-        let local: Vec<_> = pods.all().into_iter().filter(|p| *p.uid != *uid).map(|p| p.identity.clone()).collect();
-        self.context.server_configs.retain(|identity| local.contains(identity));
+        let local: Vec<_> = pods
+            .all()
+            .into_iter()
+            .filter(|p| *p.uid != *uid)
+            .map(|p| p.identity.clone())
+            .collect();
+        self.context
+            .server_configs
+            .retain(|identity| local.contains(identity));
     }
 
     /// Accepts tunnels on these listeners from now on, instead of any before.
@@ -196,7 +241,12 @@ impl Workers {
         for listener in listeners {
             let first = self.next.fetch_add(1, Ordering::Relaxed) % self.workers.len();
             let worker = &self.workers[first];
-            worker.spawn_untracked(accept::run(self.workers.clone(), Capture::Tunnel, listener, stop.clone()));
+            worker.spawn_untracked(accept::run(
+                self.workers.clone(),
+                Capture::Tunnel,
+                listener,
+                stop.clone(),
+            ));
         }
     }
 
@@ -215,7 +265,10 @@ impl Workers {
         self.tasks.close();
         let ended = tokio::time::timeout_at(deadline, self.tasks.wait()).await;
         if ended.is_err() {
-            tracing::warn!(connections = self.context.connections.len(), "drain deadline: ending what is left");
+            tracing::warn!(
+                connections = self.context.connections.len(),
+                "drain deadline: ending what is left"
+            );
         }
     }
 
@@ -231,12 +284,16 @@ impl Workers {
 }
 
 fn start_thread(number: usize, stopping: oneshot::Receiver<()>) -> io::Result<Handle> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let handle = runtime.handle().clone();
-    std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-        // Ends, too, when the sender is dropped.
-        let _ = runtime.block_on(stopping);
-        runtime.shutdown_background();
-    })?;
+    std::thread::Builder::new()
+        .name(format!("worker-{number}"))
+        .spawn(move || {
+            // Ends, too, when the sender is dropped.
+            let _ = runtime.block_on(stopping);
+            runtime.shutdown_background();
+        })?;
     Ok(handle)
 }

@@ -64,18 +64,28 @@ impl AccessLog {
     /// Starts the writing thread, unless the log is off.
     pub fn start(format: Format, telemetry: Arc<Telemetry>) -> std::io::Result<Self> {
         if format == Format::Off {
-            return Ok(Self { format, lines: None, telemetry });
+            return Ok(Self {
+                format,
+                lines: None,
+                telemetry,
+            });
         }
         let (lines, queue) = sync_channel::<String>(QUEUE);
-        std::thread::Builder::new().name("access-log".into()).spawn(move || {
-            let mut out = std::io::stdout();
-            for line in queue {
-                if out.write_all(line.as_bytes()).is_err() {
-                    return;
+        std::thread::Builder::new()
+            .name("access-log".into())
+            .spawn(move || {
+                let mut out = std::io::stdout();
+                for line in queue {
+                    if out.write_all(line.as_bytes()).is_err() {
+                        return;
+                    }
                 }
-            }
-        })?;
-        Ok(Self { format, lines: Some(lines), telemetry })
+            })?;
+        Ok(Self {
+            format,
+            lines: Some(lines),
+            telemetry,
+        })
     }
 
     /// Writes one line; drops it if the queue is full.
@@ -95,7 +105,10 @@ impl AccessLog {
 
 impl Record<'_> {
     fn text(&self) -> String {
-        let error = self.error.map(|e| format!(" error={}", e.name())).unwrap_or_default();
+        let error = self
+            .error
+            .map(|e| format!(" error={}", e.name()))
+            .unwrap_or_default();
         format!(
             "{} access direction={} src.addr={} src.workload={} src.namespace={} src.identity={} dst.addr={} \
              dst.workload={} dst.namespace={} dst.identity={} dst.service={} bytes_sent={} bytes_received={} \
@@ -118,9 +131,7 @@ impl Record<'_> {
     }
 
     fn json(&self) -> String {
-        let party = |p: &Party| {
-            serde_json::json!({"workload": p.workload(), "namespace": p.namespace(), "identity": p.principal()})
-        };
+        let party = |p: &Party| serde_json::json!({"workload": p.workload(), "namespace": p.namespace(), "identity": p.principal()});
         serde_json::json!({
             "time": now(),
             "direction": self.direction,
@@ -139,6 +150,10 @@ impl Record<'_> {
 }
 
 fn now() -> String {
-    let format = time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
-    time::OffsetDateTime::now_utc().format(&format).unwrap_or_default()
+    let format = time::macros::format_description!(
+        "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z"
+    );
+    time::OffsetDateTime::now_utc()
+        .format(&format)
+        .unwrap_or_default()
 }
