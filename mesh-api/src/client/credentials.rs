@@ -106,10 +106,12 @@ impl KeyRequest {
         Ok(Self { key, csr })
     }
 
-    /// Joins the key to its chain (DER, leaf first) and, if a path is given, keeps both there.
+    /// Joins the key to its chain (DER, leaf first), whose URI name must be right, and, if a path is
+    /// given, keeps both there.
     pub fn complete(
         self,
         chain: Vec<Vec<u8>>,
+        is_for: impl FnOnce(&str) -> bool,
         path: Option<&Path>,
     ) -> Result<Credentials, CredentialsError> {
         let der = Zeroizing::new(self.key.serialize_der());
@@ -117,6 +119,10 @@ impl KeyRequest {
             .map_err(|e| CredentialsError::Unusable(e.into()))?;
         let chain: Vec<_> = chain.into_iter().map(CertificateDer::from).collect();
         let credentials = Credentials::new(chain.clone(), key)?;
+        if !is_for(&credentials.uri) {
+            let message = format!("it is for {}", credentials.uri);
+            return Err(CredentialsError::Unusable(message));
+        }
         if let Some(path) = path {
             let mut text = Zeroizing::new(pem("PRIVATE KEY", &der));
             for certificate in &chain {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::backoff::Backoff;
 use super::connect::{ClientError, Connection, End, connect};
-use super::credentials::{self, Credentials, CredentialsError, KeyRequest};
+use super::credentials::{self, Credentials, KeyRequest};
 use super::{Link, Shared};
 use crate::identity::NodeIdentity;
 use crate::proto::control::certificates_client::CertificatesClient;
@@ -73,7 +73,7 @@ impl Session {
         };
         if let Some(path) = session.key_path() {
             match Credentials::load(&path) {
-                Ok(Some(found)) if session.is_ours(&found) => session.credentials = Some(found),
+                Ok(Some(found)) if session.is_ours(&found.uri) => session.credentials = Some(found),
                 Ok(Some(found)) => {
                     tracing::warn!(path = %path.display(), found = found.uri, "kept node certificate is of another node, getting a new one");
                 }
@@ -201,10 +201,9 @@ impl Session {
             .map_err(|_| not_issued("no answer in time".into()))?
             .map_err(|status| not_issued(format!("{}: {}", status.code(), status.message())))?
             .into_inner();
-        let issued = request.complete(response.chain, self.key_path().as_deref())?;
-        if !self.is_ours(&issued) {
-            return Err(CredentialsError::Unusable(format!("it is for {}", issued.uri)).into());
-        }
+        let path = self.key_path();
+        let is_ours = |uri: &str| self.is_ours(uri);
+        let issued = request.complete(response.chain, is_ours, path.as_deref())?;
         if !response.trust_bundle.is_empty() {
             if let Some(path) = self.bundle_path() {
                 let text = credentials::bundle_to_pem(&response.trust_bundle);
@@ -242,11 +241,9 @@ impl Session {
         }
     }
 
-    fn is_ours(&self, credentials: &Credentials) -> bool {
+    fn is_ours(&self, uri: &str) -> bool {
         let config = &self.shared.config;
-        credentials
-            .uri
-            .parse::<NodeIdentity>()
+        uri.parse::<NodeIdentity>()
             .is_ok_and(|id| id.node == config.node && id.role == config.role)
     }
 

@@ -1,0 +1,537 @@
+//! The writer's side of the table: what is held by name and version, and how a response changes what
+//! readers see.
+//!
+//! Within a response upserts come before removals, and a workload is entered under its new addresses
+//! before it leaves the old ones: an address that passes from one pod to another is at no moment
+//! outside the mesh.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use mesh_api::client::delta::Update;
+use mesh_api::identity::Identity;
+use mesh_api::proto::Resource;
+use mesh_api::proto::mesh;
+
+use super::decode::{self, Interner, Slice};
+use super::{Mesh, Service, ServicePort, View, Workload};
+use crate::balance::{EndpointSet, EndpointSpec};
+
+/// A type of resource that the table holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// Mesh-wide settings.
+    MeshConfig,
+    /// Meshed pods.
+    Workload,
+    /// Services.
+    Service,
+    /// Their endpoints.
+    EndpointSlice,
+}
+
+impl Kind {
+    /// In the order in which they are best applied.
+    pub const ALL: [Kind; 4] = [
+        Kind::MeshConfig,
+        Kind::Workload,
+        Kind::EndpointSlice,
+        Kind::Service,
+    ];
+
+    /// The type's URL on the wire.
+    pub const fn type_url(self) -> &'static str {
+        match self {
+            Kind::MeshConfig => mesh::MeshConfig::TYPE_URL,
+            Kind::Workload => mesh::Workload::TYPE_URL,
+            Kind::Service => mesh::Service::TYPE_URL,
+            Kind::EndpointSlice => mesh::EndpointSlice::TYPE_URL,
+        }
+    }
+
+    /// Value of the metric label `type`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::MeshConfig => "mesh_config",
+            Kind::Workload => "workload",
+            Kind::Service => "service",
+            Kind::EndpointSlice => "endpoint_slice",
+        }
+    }
+
+    /// The type with this URL.
+    pub fn of(type_url: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|k| k.type_url() == type_url)
+    }
+}
+
+/// What became of a response.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Resources that are not valid.
+    pub rejected: Vec<Rejected>,
+}
+
+/// A resource that is not valid.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// Its name.
+    pub name: String,
+    /// What is wrong with it.
+    pub reason: String,
+    /// It is a workload that was not known before: its addresses are refused until it is put right.
+    pub quarantined: bool,
+}
+
+/// What is held, by name.
+#[derive(Default)]
+pub(super) struct Model {
+    mesh: Option<Held<Mesh>>,
+    workloads: HashMap<Arc<str>, Held<Workload>>,
+    services: HashMap<Arc<str>, Held<Service>>,
+    slices: HashMap<Arc<str>, (Box<str>, Slice)>,
+    slices_of: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Workloads that lost an address to a later one.
+    contested: HashMap<IpAddr, Vec<Arc<str>>>,
+    /// Workloads that came before the trust domain was known.
+    early: BTreeMap<String, Update>,
+    /// Types of which a response was taken.
+    seen: HashSet<Kind>,
+    interner: Interner,
+}
+
+struct Held<T> {
+    /// Empty: what was sent is not in force, send it again.
+    version: Box<str>,
+    value: Arc<T>,
+}
+
+impl Model {
+    pub(super) fn apply(
+        &mut self,
+        view: &View,
+        type_url: &str,
+        updates: &[Update],
+        removed: &[String],
+    ) -> Applied {
+        let mut applied = Applied::default();
+        let Some(kind) = Kind::of(type_url) else {
+            applied.reject(
+                type_url,
+                "the type is not known to this proxy".into(),
+                false,
+            );
+            return applied;
+        };
+        match kind {
+            Kind::MeshConfig => self.apply_mesh(view, updates, &mut applied),
+            Kind::Workload => self.apply_workloads(view, updates, removed, &mut applied),
+            Kind::Service => self.apply_services(view, updates, removed, &mut applied),
+            Kind::EndpointSlice => self.apply_slices(updates, removed, &mut applied),
+        }
+        self.seen.insert(kind);
+        applied
+    }
+
+    /// Whether there is a trust domain and every type has been heard of.
+    pub(super) fn is_complete(&self) -> bool {
+        self.mesh.is_some() && Kind::ALL.iter().all(|k| self.seen.contains(k))
+    }
+
+    pub(super) fn known(&self, type_url: &str) -> HashMap<String, String> {
+        fn versions<'a>(held: impl Iterator<Item = (&'a str, &'a str)>) -> HashMap<String, String> {
+            held.filter(|(_, version)| !version.is_empty())
+                .map(|(name, version)| (name.to_owned(), version.to_owned()))
+                .collect()
+        }
+        match Kind::of(type_url) {
+            Some(Kind::MeshConfig) => versions(self.mesh.iter().map(|h| (MESH, &*h.version))),
+            Some(Kind::Workload) => versions(
+                self.workloads
+                    .iter()
+                    .map(|(name, h)| (&**name, &*h.version)),
+            ),
+            Some(Kind::Service) => {
+                versions(self.services.iter().map(|(name, h)| (&**name, &*h.version)))
+            }
+            Some(Kind::EndpointSlice) => versions(
+                self.slices
+                    .iter()
+                    .map(|(name, (version, _))| (&**name, &**version)),
+            ),
+            None => HashMap::new(),
+        }
+    }
+
+    pub(super) fn counts(&self) -> [(Kind, usize); 4] {
+        Kind::ALL.map(|kind| {
+            let count = match kind {
+                Kind::MeshConfig => usize::from(self.mesh.is_some()),
+                Kind::Workload => self.workloads.len(),
+                Kind::Service => self.services.len(),
+                Kind::EndpointSlice => self.slices.len(),
+            };
+            (kind, count)
+        })
+    }
+
+    pub(super) fn workloads(&self) -> impl Iterator<Item = Arc<Workload>> {
+        self.workloads.values().map(|h| Arc::clone(&h.value))
+    }
+
+    pub(super) fn services(&self) -> impl Iterator<Item = Arc<Service>> {
+        self.services.values().map(|h| Arc::clone(&h.value))
+    }
+
+    /// The settings are never taken away: a removal leaves the last good ones.
+    fn apply_mesh(&mut self, view: &View, updates: &[Update], applied: &mut Applied) {
+        for update in updates {
+            let mesh = match decode::mesh(&update.name, &update.value) {
+                Ok(mesh) => Arc::new(mesh),
+                Err(reason) => {
+                    applied.reject(&update.name, reason, false);
+                    continue;
+                }
+            };
+            let moved = self
+                .mesh
+                .as_ref()
+                .is_some_and(|held| held.value.trust_domain != mesh.trust_domain);
+            if moved {
+                self.rename_identities(view, &mesh.trust_domain);
+            }
+            view.mesh.store(Arc::clone(&mesh));
+            self.mesh = Some(Held {
+                version: update.version.as_str().into(),
+                value: mesh,
+            });
+            let early: Vec<_> = std::mem::take(&mut self.early).into_values().collect();
+            self.apply_workloads(view, &early, &[], applied);
+        }
+    }
+
+    fn apply_workloads(
+        &mut self,
+        view: &View,
+        updates: &[Update],
+        removed: &[String],
+        applied: &mut Applied,
+    ) {
+        let Some(mesh) = self.mesh.as_ref().map(|held| Arc::clone(&held.value)) else {
+            self.early
+                .extend(updates.iter().map(|u| (u.name.clone(), u.clone())));
+            for name in removed {
+                self.early.remove(name);
+            }
+            return;
+        };
+        for update in updates {
+            let (name, value) = (&update.name, &update.value);
+            match decode::workload(name, value, &mesh.trust_domain, &mut self.interner) {
+                Ok(workload) => self.put_workload(view, &update.version, workload),
+                Err(reason) => {
+                    let known = self.workloads.contains_key(name.as_str());
+                    let stand_in =
+                        decode::quarantined(name, value, &mesh.trust_domain).filter(|_| !known);
+                    applied.reject(name, reason, stand_in.is_some());
+                    if let Some(stand_in) = stand_in {
+                        self.put_workload(view, "", stand_in);
+                    }
+                }
+            }
+        }
+        for name in removed {
+            if let Some((uid, held)) = self.workloads.remove_entry(name.as_str()) {
+                for address in &held.value.addresses {
+                    self.release(view, *address, &uid);
+                }
+            }
+        }
+        if self.interner.identities() > 2 * self.workloads.len() + 256 {
+            self.interner
+                .keep_identities(self.workloads.values().map(|h| &h.value.identity));
+        }
+    }
+
+    fn put_workload(&mut self, view: &View, version: &str, workload: Workload) {
+        let workload = Arc::new(workload);
+        let uid = Arc::clone(&workload.uid);
+        for address in &workload.addresses {
+            let before = view.workloads.insert(*address, Arc::clone(&workload));
+            if let Some(losers) = self.contested.get_mut(address) {
+                losers.retain(|loser| *loser != uid);
+            }
+            if let Some(before) = before.filter(|b| b.uid != uid) {
+                let losers = self.contested.entry(*address).or_default();
+                losers.push(Arc::clone(&before.uid));
+            }
+        }
+        let held = Held {
+            version: version.into(),
+            value: Arc::clone(&workload),
+        };
+        if let Some(old) = self.workloads.insert(Arc::clone(&uid), held) {
+            for address in &old.value.addresses {
+                if !workload.addresses.contains(address) {
+                    self.release(view, *address, &uid);
+                }
+            }
+        }
+    }
+
+    /// A workload no longer has an address: it goes back to whom it was taken from, if anyone.
+    fn release(&mut self, view: &View, address: IpAddr, uid: &str) {
+        let mut heir = None;
+        if let Some(losers) = self.contested.get_mut(&address) {
+            losers.retain(|loser| **loser != *uid);
+            heir = losers.last().and_then(|loser| self.workloads.get(loser));
+        }
+        let owned = view.workloads.get(&address).is_some_and(|w| *w.uid == *uid);
+        if owned {
+            match heir {
+                Some(heir) => {
+                    view.workloads.insert(address, Arc::clone(&heir.value));
+                    if let Some(losers) = self.contested.get_mut(&address) {
+                        losers.pop();
+                    }
+                }
+                None => {
+                    view.workloads.remove(&address);
+                }
+            }
+        }
+        if self.contested.get(&address).is_some_and(Vec::is_empty) {
+            self.contested.remove(&address);
+        }
+    }
+
+    /// The trust domain of the mesh has changed.
+    fn rename_identities(&mut self, view: &View, trust_domain: &str) {
+        for held in self.workloads.values_mut() {
+            let old = &held.value.identity;
+            // Checked when the parts and the trust domain were taken.
+            if let Ok(identity) =
+                Identity::new(trust_domain, old.namespace(), old.service_account())
+            {
+                held.value = Arc::new(Workload {
+                    identity,
+                    ..(*held.value).clone()
+                });
+            }
+        }
+        for mut entry in view.workloads.iter_mut() {
+            if let Some(held) = self.workloads.get(&entry.uid) {
+                *entry.value_mut() = Arc::clone(&held.value);
+            }
+        }
+    }
+
+    fn apply_services(
+        &mut self,
+        view: &View,
+        updates: &[Update],
+        removed: &[String],
+        applied: &mut Applied,
+    ) {
+        for update in updates {
+            match decode::service(&update.name, &update.value, &mut self.interner) {
+                Ok(spec) => self.put_service(view, update, spec),
+                Err(reason) => applied.reject(&update.name, reason, false),
+            }
+        }
+        for name in removed {
+            if let Some(old) = self.services.remove(name.as_str()) {
+                withdraw(view, &old.value, None);
+            }
+        }
+    }
+
+    fn put_service(&mut self, view: &View, update: &Update, spec: decode::ServiceSpec) {
+        let old = self
+            .services
+            .get(update.name.as_str())
+            .map(|h| Arc::clone(&h.value));
+        let endpoints_of = |port: u16| {
+            let known = old.iter().flat_map(|s| &s.ports).find(|p| p.port == port);
+            known.map_or_else(
+                || Arc::new(EndpointSet::new()),
+                |p| Arc::clone(&p.endpoints),
+            )
+        };
+        let service = (Arc::clone(&spec.namespace), Arc::clone(&spec.name));
+        let ports = spec
+            .ports
+            .into_iter()
+            .map(|p| {
+                Arc::new(ServicePort {
+                    service: service.clone(),
+                    port: p.port,
+                    name: p.name,
+                    node_port: p.node_port,
+                    app_protocol: p.app_protocol,
+                    endpoints: endpoints_of(p.port),
+                })
+            })
+            .collect();
+        let service = Arc::new(Service {
+            namespace: spec.namespace,
+            name: spec.name,
+            addresses: spec.addresses,
+            ports,
+        });
+        // Its endpoints are in place before anyone can find it.
+        self.set_endpoints(&update.name, &service);
+        publish(view, &service);
+        if let Some(old) = &old {
+            withdraw(view, old, Some(&service));
+        }
+        let held = Held {
+            version: update.version.as_str().into(),
+            value: service,
+        };
+        self.services.insert(update.name.as_str().into(), held);
+    }
+
+    fn apply_slices(&mut self, updates: &[Update], removed: &[String], applied: &mut Applied) {
+        let mut touched = BTreeSet::new();
+        for update in updates {
+            match decode::slice(&update.name, &update.value, &mut self.interner) {
+                Ok(slice) => {
+                    touched.extend(self.remove_slice(&update.name));
+                    let name: Arc<str> = update.name.as_str().into();
+                    let of = self
+                        .slices_of
+                        .entry(Arc::clone(&slice.service))
+                        .or_default();
+                    of.insert(Arc::clone(&name));
+                    touched.insert(Arc::clone(&slice.service));
+                    self.slices
+                        .insert(name, (update.version.as_str().into(), slice));
+                }
+                Err(reason) => applied.reject(&update.name, reason, false),
+            }
+        }
+        for name in removed {
+            touched.extend(self.remove_slice(name));
+        }
+        for service in touched {
+            if let Some(held) = self.services.get(&service) {
+                self.set_endpoints(&service, &held.value);
+            }
+        }
+    }
+
+    /// Returns the Service the slice belonged to.
+    fn remove_slice(&mut self, name: &str) -> Option<Arc<str>> {
+        let (_, slice) = self.slices.remove(name)?;
+        if let Some(of) = self.slices_of.get_mut(&slice.service) {
+            of.remove(name);
+            if of.is_empty() {
+                self.slices_of.remove(&slice.service);
+            }
+        }
+        Some(slice.service)
+    }
+
+    fn set_endpoints(&self, name: &str, service: &Service) {
+        let slices: Vec<&Slice> = self
+            .slices_of
+            .get(name)
+            .into_iter()
+            .flatten()
+            .filter_map(|slice| self.slices.get(slice).map(|(_, slice)| slice))
+            .collect();
+        for port in &service.ports {
+            let mut specs = Vec::new();
+            for slice in &slices {
+                let Some((_, target)) = slice.ports.iter().find(|(name, _)| *name == port.name)
+                else {
+                    continue;
+                };
+                specs.extend(slice.endpoints.iter().map(|e| EndpointSpec {
+                    address: SocketAddr::new(e.address, *target),
+                    ready: e.ready,
+                    serving: e.serving,
+                    terminating: e.terminating,
+                    node: Arc::clone(&e.node),
+                    zone: Arc::clone(&e.zone),
+                }));
+            }
+            // An endpoint that is moving between slices may be in both: the ready one counts.
+            specs.sort_by_key(|spec| !spec.ready);
+            port.endpoints.set(specs);
+        }
+    }
+}
+
+impl Applied {
+    fn reject(&mut self, name: &str, reason: String, quarantined: bool) {
+        self.rejected.push(Rejected {
+            name: name.into(),
+            reason,
+            quarantined,
+        });
+    }
+
+    /// The text of the rejection, or that there is none. Bounded, whatever was sent.
+    pub fn result(&self) -> Result<(), String> {
+        if self.rejected.is_empty() {
+            return Ok(());
+        }
+        let mut text: Vec<String> = self
+            .rejected
+            .iter()
+            .take(REPORTED)
+            .map(|r| format!("{}: {}", r.name, r.reason))
+            .collect();
+        if self.rejected.len() > REPORTED {
+            text.push(format!("and {} more", self.rejected.len() - REPORTED));
+        }
+        Err(text.join("; "))
+    }
+}
+
+fn is_same(a: &Service, b: &Service) -> bool {
+    a.namespace == b.namespace && a.name == b.name
+}
+
+fn publish(view: &View, service: &Arc<Service>) {
+    for address in &service.addresses {
+        let mut here = view.services.entry(*address).or_default();
+        here.retain(|other| !is_same(other, service));
+        here.push(Arc::clone(service));
+        here.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    }
+    for port in &service.ports {
+        if let Some(node_port) = port.node_port {
+            view.node_ports.insert(node_port, Arc::clone(port));
+        }
+    }
+}
+
+/// Takes away what `old` had and `new` has not.
+fn withdraw(view: &View, old: &Service, new: Option<&Service>) {
+    for address in &old.addresses {
+        if new.is_some_and(|new| new.addresses.contains(address)) {
+            continue;
+        }
+        view.services.remove_if_mut(address, |_, here| {
+            here.retain(|other| !is_same(other, old));
+            here.is_empty()
+        });
+    }
+    let kept = |node_port: u16| {
+        new.is_some_and(|new| new.ports.iter().any(|p| p.node_port == Some(node_port)))
+    };
+    for port in &old.ports {
+        if let Some(node_port) = port.node_port.filter(|n| !kept(*n)) {
+            view.node_ports
+                .remove_if(&node_port, |_, held| held.service == port.service);
+        }
+    }
+}
+
+const MESH: &str = "mesh";
+/// Rejected resources named in one answer to the controller.
+const REPORTED: usize = 20;
