@@ -13,15 +13,17 @@ use ipnet::IpNet;
 use mesh_api::identity::{Identity, InvalidIdentity};
 use mesh_api::names;
 use mesh_api::proto::mesh::{self, Mode, probe};
-use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::budget::{Account, Limits};
 use crate::identity::{Identities, IdentityGuard};
 use crate::stock::{Stock, Supply};
 
+mod metrics;
 #[cfg(test)]
 mod tests;
+
+pub use metrics::PodsCollector;
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -68,8 +70,7 @@ pub struct PodInfo {
 }
 
 /// A probe of the pod's manifest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// Port in the pod.
     pub port: u16,
@@ -78,8 +79,7 @@ pub struct Probe {
 }
 
 /// What a probe sends.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeKind {
     /// A GET of this path.
     HttpGet(String),

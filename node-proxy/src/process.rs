@@ -1,8 +1,10 @@
 //! The process as the system sees it: descriptors, memory, privileges.
 
+pub mod http;
 pub mod lifecycle;
 pub mod metrics;
 pub mod privileges;
+pub mod run;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

@@ -32,20 +32,20 @@ impl Phase {
 }
 
 /// Sets and tells the phase.
-#[derive(Debug)]
 pub struct Lifecycle {
     phase: watch::Sender<Phase>,
-}
-
-impl Default for Lifecycle {
-    fn default() -> Self {
-        Self {
-            phase: watch::Sender::new(Phase::Serving),
-        }
-    }
+    accept: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 impl Lifecycle {
+    /// Serving. `accept` is called when accepting is to stop (`false`) or to go on.
+    pub fn new(accept: impl Fn(bool) + Send + Sync + 'static) -> Self {
+        Self {
+            phase: watch::Sender::new(Phase::Serving),
+            accept: Box::new(accept),
+        }
+    }
+
     /// The phase now.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
@@ -75,27 +75,38 @@ impl Lifecycle {
             *phase = Phase::Terminating { deadline };
             true
         });
+        (self.accept)(false);
     }
 
     fn change(&self, from: Phase, to: Phase) -> bool {
-        self.phase.send_if_modified(|phase| {
+        let changed = self.phase.send_if_modified(|phase| {
             let change = *phase == from;
             if change {
                 *phase = to;
             }
             change
-        })
+        });
+        if changed {
+            (self.accept)(to == Phase::Serving);
+        }
+        changed
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
     use std::time::Duration;
+
+    use parking_lot::Mutex;
+
+    use super::*;
 
     #[test]
     fn only_a_drain_can_be_taken_back() {
-        let lifecycle = Lifecycle::default();
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&calls);
+        let lifecycle = Lifecycle::new(move |accept| seen.lock().push(accept));
         assert!(!lifecycle.resume());
         assert!(lifecycle.drain());
         assert!(!lifecycle.drain());
@@ -105,5 +116,6 @@ mod tests {
         lifecycle.terminate(soon + Duration::from_secs(1));
         assert_eq!(lifecycle.phase(), Phase::Terminating { deadline: soon });
         assert!(!lifecycle.resume() && !lifecycle.drain());
+        assert_eq!(*calls.lock(), [false, true, false, false]);
     }
 }
