@@ -12,6 +12,7 @@ mod check;
 mod locate;
 mod object;
 mod parse;
+mod reader;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 
 pub use object::{Object, ObjectKey};
 pub use parse::parse_text;
+pub use reader::Reader;
 
 /// One manifest of a file, read and checked.
 #[derive(Clone, Debug)]

@@ -1,0 +1,179 @@
+//! Which nodes are there, and what each of them is known to know.
+//!
+//! A node counts as long as one of its proxies holds a stream or held one within [`LEASE`]. One that holds a
+//! stream and leaves a push unanswered for as long stops counting too, so that a stuck proxy
+//! cannot hold up the mesh; what it does not know makes it refuse, not leak.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::identity::NodeRole;
+use tokio::time::Instant;
+
+/// How long a silent node is waited for.
+pub const LEASE: Duration = Duration::from_secs(15);
+
+/// Names one discovery stream for as long as the process lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId(u64);
+
+/// How far a stream is. Numbers are those of snapshots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Everything up to here was handed to the client; `None`: it has not subscribed to anything.
+    pub handed: Option<u64>,
+    /// The client holds the table (proxies: Workload, agents: NodePod) up to here.
+    pub acked: u64,
+    /// The client holds the MeshConfig up to here; `None`: it has not subscribed to it.
+    pub mesh_acked: Option<u64>,
+    /// Names whose newest version the client has rejected.
+    pub rejected: BTreeSet<Arc<str>>,
+    /// A push of the table waits for its answer.
+    pub waiting: bool,
+}
+
+#[derive(Debug)]
+struct Stream {
+    node: String,
+    role: NodeRole,
+    progress: Progress,
+    /// Since when it owes an answer; a new stream owes its first.
+    behind_since: Option<Instant>,
+}
+
+/// All streams, and the nodes that had one.
+#[derive(Debug, Default)]
+pub struct Fleet {
+    next: u64,
+    streams: BTreeMap<StreamId, Stream>,
+    away: BTreeMap<String, Instant>,
+}
+
+impl Fleet {
+    /// Nodes that an earlier process knew: each has the length of a lease to come back.
+    pub fn expect(&mut self, nodes: impl IntoIterator<Item = String>, now: Instant) {
+        self.away.extend(nodes.into_iter().map(|n| (n, now)));
+    }
+
+    /// A stream opened.
+    pub fn open(&mut self, node: &str, role: NodeRole, now: Instant) -> StreamId {
+        let id = StreamId(self.next);
+        self.next += 1;
+        if role == NodeRole::Proxy {
+            self.away.remove(node);
+        }
+        let stream = Stream {
+            node: node.into(),
+            role,
+            progress: Progress::default(),
+            behind_since: Some(now),
+        };
+        self.streams.insert(id, stream);
+        id
+    }
+
+    /// A stream ended.
+    pub fn close(&mut self, id: StreamId, now: Instant) {
+        let Some(stream) = self.streams.remove(&id) else {
+            return;
+        };
+        if stream.role == NodeRole::Proxy && self.proxies_of(&stream.node).next().is_none() {
+            self.away.insert(stream.node, now);
+        }
+    }
+
+    /// A stream got further.
+    pub fn progress(&mut self, id: StreamId, progress: Progress, now: Instant) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        let further = progress.acked > stream.progress.acked;
+        stream.behind_since = match (progress.waiting || progress.acked == 0, stream.behind_since) {
+            (false, _) => None,
+            (true, Some(since)) if !further => Some(since),
+            (true, _) => Some(now),
+        };
+        stream.progress = progress;
+    }
+
+    /// Forgets nodes whose lease ran out. True: there were some.
+    pub fn expire(&mut self, now: Instant) -> bool {
+        let before = self.away.len();
+        self.away.retain(|node, since| {
+            let expired = now.duration_since(*since) >= LEASE;
+            if expired {
+                tracing::warn!(
+                    node,
+                    "no proxy of the node came back; it is no longer waited for"
+                );
+            }
+            !expired
+        });
+        self.away.len() != before
+    }
+
+    /// Whether every proxy that counts holds snapshot `seq` and has not rejected `uid`.
+    pub fn all_acked(&self, uid: &str, seq: u64, now: Instant) -> bool {
+        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
+        !away
+            && self.proxies().all(|s| {
+                let knows = s.progress.acked >= seq.max(1) && !s.progress.rejected.contains(uid);
+                let stuck = s
+                    .behind_since
+                    .is_some_and(|t| now.duration_since(t) >= LEASE);
+                knows || stuck
+            })
+    }
+
+    /// Whether an agent of the node holds snapshot `seq`.
+    pub fn agent_acked(&self, node: &str, seq: u64) -> bool {
+        let mut agents = self.streams.values();
+        agents
+            .any(|s| s.role == NodeRole::Agent && s.node == node && s.progress.acked >= seq.max(1))
+    }
+
+    /// Whether every node holds the MeshConfig of snapshot `seq`, as far as it counts.
+    pub fn all_hold_mesh(&self, seq: u64, now: Instant) -> bool {
+        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
+        !away
+            && self.streams.values().all(|s| {
+                let stuck = s
+                    .behind_since
+                    .is_some_and(|t| now.duration_since(t) >= LEASE);
+                match s.progress.mesh_acked {
+                    Some(acked) => acked >= seq || stuck,
+                    // An agent may do with the file it was given.
+                    None => s.role == NodeRole::Agent || stuck,
+                }
+            })
+    }
+
+    /// Whether every stream has been handed snapshot `seq`.
+    pub fn all_handed(&self, seq: u64) -> bool {
+        self.streams
+            .values()
+            .all(|s| s.progress.handed.is_none_or(|handed| handed >= seq))
+    }
+
+    /// Nodes whose proxies count, connected or away.
+    pub fn nodes(&self) -> BTreeSet<String> {
+        let connected = self.proxies().map(|s| s.node.clone());
+        connected.chain(self.away.keys().cloned()).collect()
+    }
+
+    /// Every stream: node, role, progress.
+    pub fn streams(&self) -> impl Iterator<Item = (&str, NodeRole, &Progress)> {
+        self.streams
+            .values()
+            .map(|s| (s.node.as_str(), s.role, &s.progress))
+    }
+
+    fn proxies(&self) -> impl Iterator<Item = &Stream> {
+        self.streams.values().filter(|s| s.role == NodeRole::Proxy)
+    }
+
+    fn proxies_of(&self, node: &str) -> impl Iterator<Item = &Stream> {
+        self.proxies().filter(move |s| s.node == node)
+    }
+}

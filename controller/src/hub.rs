@@ -1,0 +1,420 @@
+//! Where everything meets: objects, reports, acknowledgements and roots come in, snapshots go out.
+//!
+//! All changes happen under one lock, in memory, and end in [`Hub::advance`]: enrolment moves as far as it
+//! can, what moved is written to disk, and a snapshot is published. Readers hold a snapshot and
+//! never wait for a writer. The lock is never held over an await.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::identity::{Identity, NodeRole};
+use mesh_api::names::address_from_bytes;
+use mesh_api::proto::control::{NodeReport, RegisterPodRequest};
+use mesh_api::proto::mesh::NodePod;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::enrolment::{Enrolment, Fleet, Phase, Progress, RegisterError, Store, Stored, StreamId};
+use crate::metrics::{Metrics, NodeLabel, PhaseLabel, Role, Type};
+use crate::model::{self, Model, Settings};
+use crate::providers::Objects;
+use crate::resources::{self, Snapshot};
+
+/// The state of the control plane. Shared behind an `Arc`.
+#[derive(Debug)]
+pub struct Hub {
+    core: Mutex<Core>,
+    snapshots: watch::Sender<Arc<Snapshot>>,
+    /// Bumped whenever a stream got further or ended.
+    progress: watch::Sender<u64>,
+    metrics: Metrics,
+}
+
+#[derive(Debug)]
+struct Core {
+    settings: Settings,
+    objects: Objects,
+    model: Arc<Model>,
+    enrolment: Enrolment,
+    fleet: Fleet,
+    store: Store,
+    bundle: Vec<Vec<u8>>,
+    snapshot: Arc<Snapshot>,
+    warnings: Vec<String>,
+    /// Something that must survive the process is not on disk yet.
+    unwritten: bool,
+}
+
+/// What the hub starts from.
+#[derive(Debug)]
+pub struct Start {
+    /// What is set for the whole mesh.
+    pub settings: Settings,
+    /// The first reading of the provider: enrolled pods that are not in it are taken for gone.
+    pub objects: Objects,
+    /// Roots to trust, DER.
+    pub bundle: Vec<Vec<u8>>,
+    /// Where enrolment is kept.
+    pub store: Store,
+    /// What an earlier process kept there.
+    pub stored: Stored,
+}
+
+impl Hub {
+    /// Builds and publishes the first snapshot.
+    pub fn new(start: Start, metrics: Metrics) -> Arc<Self> {
+        let Start {
+            settings,
+            objects,
+            bundle,
+            store,
+            stored,
+        } = start;
+        let now = Instant::now();
+        let mut fleet = Fleet::default();
+        fleet.expect(stored.nodes.iter().cloned(), now);
+        let core = Core {
+            model: Arc::new(model::build(&objects, &settings)),
+            enrolment: Enrolment::restore(&stored),
+            settings,
+            objects,
+            fleet,
+            store,
+            bundle,
+            snapshot: Arc::default(),
+            warnings: Vec::new(),
+            unwritten: true,
+        };
+        let hub = Self {
+            core: Mutex::new(core),
+            snapshots: watch::Sender::default(),
+            progress: watch::Sender::default(),
+            metrics,
+        };
+        hub.advance(&mut hub.core.lock(), true);
+        Arc::new(hub)
+    }
+
+    /// The newest snapshot, and those that follow.
+    pub fn snapshots(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshots.subscribe()
+    }
+
+    /// What the process counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The mesh as the objects describe it now.
+    pub fn model(&self) -> Arc<Model> {
+        self.core.lock().model.clone()
+    }
+
+    /// The users' objects changed.
+    pub fn set_objects(&self, objects: Objects) {
+        let mut core = self.core.lock();
+        if core.objects == objects {
+            return;
+        }
+        core.model = Arc::new(model::build(&objects, &core.settings));
+        core.objects = objects;
+        self.advance(&mut core, true);
+    }
+
+    /// The trusted roots changed. Returns the snapshot that tells the nodes.
+    pub fn set_bundle(&self, bundle: Vec<Vec<u8>>) -> u64 {
+        let mut core = self.core.lock();
+        if core.bundle != bundle {
+            core.bundle = bundle;
+            self.advance(&mut core, true);
+        }
+        core.snapshot.seq
+    }
+
+    /// Waits until every node that counts holds the MeshConfig of snapshot `seq`.
+    pub async fn mesh_config_held(&self, seq: u64) {
+        self.when(|core| core.fleet.all_hold_mesh(seq, Instant::now()).then_some(()))
+            .await;
+    }
+
+    /// Time passed: leases may have run out.
+    pub fn tick(&self) {
+        let mut core = self.core.lock();
+        core.unwritten |= core.fleet.expire(Instant::now());
+        self.advance(&mut core, false);
+        drop(core);
+        self.progress.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    /// Whether a pod that is bound to `node` has this identity now.
+    pub fn identity_on_node(&self, identity: &Identity, node: &str) -> bool {
+        let model = self.model();
+        model
+            .pods
+            .values()
+            .any(|p| p.node == node && p.identity == *identity)
+    }
+
+    /// Records a pod's addresses. Waits a moment for a pod that the provider has not shown yet.
+    pub async fn register(
+        &self,
+        node: &str,
+        request: &RegisterPodRequest,
+    ) -> Result<NodePod, RegisterError> {
+        let known = self.when(|core| {
+            let pod = core.model.pods.get(request.uid.as_str())?;
+            (pod.node == node).then_some(())
+        });
+        // Unknown in the end: the attempt below says so.
+        let _ = tokio::time::timeout(REGISTER_WAIT, known).await;
+        let addresses = request
+            .addresses
+            .iter()
+            .filter_map(|a| address_from_bytes(a))
+            .collect();
+        let mut core = self.core.lock();
+        let Core {
+            model, enrolment, ..
+        } = &mut *core;
+        let name = (request.namespace.as_str(), request.name.as_str());
+        enrolment.register(model, node, &request.uid, name, addresses)?;
+        core.unwritten = true;
+        self.advance(&mut core, true);
+        let record = core.enrolment.record(&request.uid);
+        let pod = core.model.pods.get(request.uid.as_str());
+        // `register` found the pod in the same model.
+        pod.map(|pod| resources::node_pod_of(pod, record))
+            .ok_or_else(|| RegisterError::NotFound {
+                namespace: request.namespace.clone(),
+                name: request.name.clone(),
+                uid: request.uid.clone(),
+                node: node.into(),
+            })
+    }
+
+    /// Takes a node's report and returns once what it causes was handed to every connected node, or
+    /// after a bounded wait for those that do not read.
+    pub async fn report(&self, node: &str, report: &NodeReport) {
+        let label = NodeLabel { node: node.into() };
+        self.metrics.node_reports.get_or_create(&label).inc();
+        self.metrics
+            .node_ready
+            .get_or_create(&label)
+            .set(report.ready.into());
+        let seq = {
+            let mut core = self.core.lock();
+            let Core {
+                enrolment, fleet, ..
+            } = &mut *core;
+            for uid in enrolment.report(node, report, fleet) {
+                tracing::debug!(
+                    node,
+                    uid,
+                    "report names a pod that is not bound to the node"
+                );
+            }
+            self.advance(&mut core, false);
+            core.snapshot.seq
+        };
+        let handed = self.when(|core| core.fleet.all_handed(seq).then_some(()));
+        if tokio::time::timeout(HAND_OUT_WAIT, handed).await.is_err() {
+            tracing::warn!(
+                node,
+                seq,
+                "report answered before every node took the change"
+            );
+        }
+    }
+
+    /// Takes a new stream into account until the guard is dropped.
+    pub fn open_stream(self: &Arc<Self>, node: &str, role: NodeRole) -> StreamGuard {
+        let mut core = self.core.lock();
+        let id = core.fleet.open(node, role, Instant::now());
+        core.unwritten = true;
+        let gauge = self.metrics.streams.get_or_create_owned(&role_label(role));
+        gauge.inc();
+        self.advance(&mut core, false);
+        StreamGuard {
+            hub: self.clone(),
+            id,
+            role,
+        }
+    }
+
+    /// A view of the state for people: enrolment and streams.
+    pub fn status(&self) -> serde_json::Value {
+        let core = self.core.lock();
+        let pods = core.enrolment.records().filter_map(|(uid, record)| {
+            let pod = core.model.pods.get(uid)?;
+            Some(serde_json::json!({
+                "namespace": pod.namespace, "name": pod.name, "uid": **uid, "node": pod.node,
+                "identity": pod.identity.as_str(), "phase": record.phase,
+                "addresses": record.addresses, "failure": record.failure,
+            }))
+        });
+        let streams = core.fleet.streams().map(|(node, role, progress)| {
+            serde_json::json!({
+                "node": node, "role": role.to_string(), "acked": progress.acked,
+                "handed": progress.handed, "rejected": progress.rejected.iter().map(|n| &**n).collect::<Vec<_>>(),
+            })
+        });
+        serde_json::json!({
+            "snapshot": core.snapshot.seq,
+            "pods": pods.collect::<Vec<_>>(),
+            "streams": streams.collect::<Vec<_>>(),
+            "nodes": core.fleet.nodes(),
+            "warnings": core.warnings,
+        })
+    }
+
+    /// Waits until `ready` gives something; looked at whenever snapshots or streams move.
+    async fn when<T>(&self, mut ready: impl FnMut(&Core) -> Option<T>) -> T {
+        let mut snapshots = self.snapshots.subscribe();
+        let mut progress = self.progress.subscribe();
+        loop {
+            if let Some(value) = ready(&self.core.lock()) {
+                return value;
+            }
+            // Both senders live as long as `self`.
+            tokio::select! {
+                _ = snapshots.changed() => {}
+                _ = progress.changed() => {}
+            }
+        }
+    }
+
+    fn advance(&self, core: &mut Core, mut changed: bool) {
+        let now = Instant::now();
+        // Each round moves every pod at most one phase on; without nodes to wait for there are a few.
+        loop {
+            let seq = core.snapshot.seq + 1;
+            let moved = core.enrolment.step(&core.model, &core.fleet, seq, now);
+            if !moved && !changed {
+                break;
+            }
+            core.unwritten |= moved;
+            changed = false;
+            let next = resources::build(&core.model, &core.enrolment, &core.bundle, &core.snapshot);
+            core.snapshot = Arc::new(next);
+        }
+        // On disk before anyone hears of it.
+        if core.unwritten {
+            let stored = Stored {
+                nodes: core.fleet.nodes(),
+                pods: core.enrolment.to_store(),
+            };
+            match core.store.write(stored) {
+                Ok(()) => core.unwritten = false,
+                Err(error) => {
+                    tracing::error!("{error}; a restart of the controller would enrol pods anew");
+                    self.metrics.store_failures.inc();
+                }
+            }
+        }
+        if self.snapshots.borrow().seq != core.snapshot.seq {
+            self.tell_warnings(core);
+            self.count(core);
+            self.snapshots.send_replace(core.snapshot.clone());
+        }
+    }
+
+    fn tell_warnings(&self, core: &mut Core) {
+        let all = core.model.warnings.iter().chain(&core.snapshot.warnings);
+        let mut warnings: Vec<String> = all.cloned().collect();
+        warnings.sort();
+        warnings.dedup();
+        for warning in warnings.iter().filter(|w| !core.warnings.contains(w)) {
+            tracing::warn!("{warning}");
+        }
+        core.warnings = warnings;
+    }
+
+    fn count(&self, core: &Core) {
+        let snapshot = &core.snapshot;
+        self.metrics.snapshot.set(snapshot.seq as i64);
+        for (r#type, count) in [
+            ("Workload", snapshot.workloads.len()),
+            (
+                "NodePod",
+                snapshot.node_pods.values().map(|t| t.len()).sum(),
+            ),
+            ("Service", snapshot.services.len()),
+            ("EndpointSlice", snapshot.slices.len()),
+        ] {
+            let gauge = self.metrics.resources.get_or_create_owned(&Type { r#type });
+            gauge.set(count as i64);
+        }
+        for phase in Phase::ALL {
+            let count = core
+                .enrolment
+                .records()
+                .filter(|(_, r)| r.phase == phase)
+                .count();
+            let label = PhaseLabel {
+                phase: phase.name(),
+            };
+            self.metrics
+                .pods
+                .get_or_create_owned(&label)
+                .set(count as i64);
+        }
+        let failed = core
+            .enrolment
+            .records()
+            .filter(|(_, r)| r.failure.is_some())
+            .count();
+        self.metrics.enrolment_failures.set(failed as i64);
+        self.metrics.trusted_roots.set(core.bundle.len() as i64);
+    }
+}
+
+/// A stream that counts; dropped, its node's lease starts to run.
+#[derive(Debug)]
+pub struct StreamGuard {
+    hub: Arc<Hub>,
+    id: StreamId,
+    role: NodeRole,
+}
+
+impl StreamGuard {
+    /// The stream got further.
+    pub fn progress(&self, progress: Progress) {
+        {
+            let mut core = self.hub.core.lock();
+            core.fleet.progress(self.id, progress, Instant::now());
+            if core.enrolment.awaits_acks() {
+                self.hub.advance(&mut core, false);
+            }
+        }
+        self.hub.progress.send_modify(|n| *n = n.wrapping_add(1));
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        {
+            let mut core = self.hub.core.lock();
+            core.fleet.close(self.id, Instant::now());
+            core.unwritten = true;
+            self.hub.advance(&mut core, false);
+        }
+        let label = role_label(self.role);
+        self.hub.metrics.streams.get_or_create_owned(&label).dec();
+        self.hub.progress.send_modify(|n| *n = n.wrapping_add(1));
+    }
+}
+
+fn role_label(role: NodeRole) -> Role {
+    Role {
+        role: match role {
+            NodeRole::Proxy => "proxy",
+            NodeRole::Agent => "agent",
+        },
+    }
+}
+
+/// How long a registration waits for its pod to be shown by the provider.
+const REGISTER_WAIT: Duration = Duration::from_secs(2);
+/// How long a report waits for slow nodes. CNI ADD has ten seconds for everything.
+const HAND_OUT_WAIT: Duration = Duration::from_secs(3);

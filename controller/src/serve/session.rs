@@ -1,0 +1,488 @@
+//! What one node has been told, and what it must be told next: delta xDS without the transport.
+//!
+//! Rules of the incremental variant (xDS transport protocol, "Incremental xDS"): a client subscribes to names or
+//! to `*`; it is sent what differs from what it holds; each response carries a nonce and is accepted
+//! or rejected by it. Warren's own: of each type one response is in flight, and the next is made from the
+//! newest snapshot when its answer is here. So a slow client skips states and never builds a queue.
+//!
+//! Invariant: `sent` is what the client holds, or will hold once it has read what is in flight. A rejected
+//! resource is not repeated until it changes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_api::identity::NodeRole;
+use mesh_api::proto::Resource as _;
+use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use mesh_api::proto::mesh;
+
+use crate::enrolment::Progress;
+use crate::resources::{self, Snapshot, Table};
+
+/// The types of resources, in the order they are sent: parents before children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Kind {
+    MeshConfig,
+    NodePod,
+    Workload,
+    Service,
+    EndpointSlice,
+}
+
+impl Kind {
+    const ALL: [Kind; 5] = [
+        Kind::MeshConfig,
+        Kind::NodePod,
+        Kind::Workload,
+        Kind::Service,
+        Kind::EndpointSlice,
+    ];
+
+    pub(crate) fn type_url(self) -> &'static str {
+        match self {
+            Kind::MeshConfig => mesh::MeshConfig::TYPE_URL,
+            Kind::NodePod => mesh::NodePod::TYPE_URL,
+            Kind::Workload => mesh::Workload::TYPE_URL,
+            Kind::Service => mesh::Service::TYPE_URL,
+            Kind::EndpointSlice => mesh::EndpointSlice::TYPE_URL,
+        }
+    }
+
+    /// The type URL's last part: label of metrics.
+    pub(crate) fn name(self) -> &'static str {
+        let url = self.type_url();
+        url.rsplit_once('.').map_or(url, |(_, name)| name)
+    }
+
+    fn from_type_url(url: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|k| k.type_url() == url)
+    }
+
+    fn is_for(self, role: NodeRole) -> bool {
+        match self {
+            Kind::MeshConfig => true,
+            Kind::NodePod => role == NodeRole::Agent,
+            Kind::Workload | Kind::Service | Kind::EndpointSlice => role == NodeRole::Proxy,
+        }
+    }
+}
+
+/// Why a stream must end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Violation {
+    #[error("resources of type {kind} are not for the {role} of a node")]
+    Role { kind: &'static str, role: NodeRole },
+    #[error("more than {MAX_NAMES} names are subscribed to")]
+    TooManyNames,
+}
+
+/// What a request said about an earlier response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Ack(Kind),
+    Nack {
+        kind: Kind,
+        message: String,
+        names: Vec<Arc<str>>,
+    },
+}
+
+/// One stream's subscriptions.
+#[derive(Debug)]
+pub(crate) struct Session {
+    node: String,
+    role: NodeRole,
+    nonce: u64,
+    subscriptions: BTreeMap<Kind, Subscription>,
+}
+
+#[derive(Debug, Default)]
+struct Subscription {
+    wildcard: bool,
+    /// Names asked for one by one; of Services also `address/<ip>`.
+    names: BTreeSet<String>,
+    /// What each of those was last answered with: a resource's name, or that there is none.
+    answered: HashMap<String, Option<Arc<str>>>,
+    /// Name -> version.
+    sent: HashMap<Arc<str>, Arc<str>>,
+    /// The client knows nothing yet and waits for a first response, even an empty one.
+    owed: bool,
+    in_flight: Option<InFlight>,
+    /// The snapshot that was last compared, unless the subscription changed since.
+    compared: Option<Arc<Snapshot>>,
+    handed: u64,
+    acked: u64,
+    rejected: BTreeSet<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    nonce: String,
+    names: Vec<Arc<str>>,
+    /// The snapshot the client holds once it has accepted, if the response says everything.
+    completes: Option<u64>,
+}
+
+impl Session {
+    pub(crate) fn new(node: &str, role: NodeRole) -> Self {
+        Self {
+            node: node.into(),
+            role,
+            nonce: 0,
+            subscriptions: BTreeMap::new(),
+        }
+    }
+
+    /// Takes a request. Types this controller does not know are ignored: the client may be newer.
+    pub(crate) fn request(
+        &mut self,
+        request: DeltaDiscoveryRequest,
+    ) -> Result<Option<Answer>, Violation> {
+        let Some(kind) = Kind::from_type_url(&request.type_url) else {
+            tracing::debug!(
+                node = self.node,
+                r#type = request.type_url,
+                "type is not known"
+            );
+            return Ok(None);
+        };
+        if !kind.is_for(self.role) {
+            let (kind, role) = (kind.name(), self.role);
+            return Err(Violation::Role { kind, role });
+        }
+        let first = !self.subscriptions.contains_key(&kind);
+        let subscription = self.subscriptions.entry(kind).or_default();
+        if first {
+            // A first request without names asks for everything (same document, "wildcard").
+            subscription.wildcard = request.resource_names_subscribe.is_empty();
+            subscription.owed = request.initial_resource_versions.is_empty();
+            let held = request.initial_resource_versions;
+            subscription.sent = held
+                .into_iter()
+                .map(|(n, v)| (Arc::from(n), Arc::from(v)))
+                .collect();
+        }
+        subscription.subscribe(request.resource_names_subscribe)?;
+        subscription.unsubscribe(&request.resource_names_unsubscribe);
+        let error = request.error_detail.map(|status| status.message);
+        Ok(subscription.answer(kind, &request.response_nonce, error))
+    }
+
+    /// What to send now.
+    pub(crate) fn responses(
+        &mut self,
+        snapshot: &Arc<Snapshot>,
+    ) -> Vec<(Kind, DeltaDiscoveryResponse)> {
+        let mut responses = Vec::new();
+        for kind in Kind::ALL {
+            // The slices follow the Services this stream has been sent.
+            let services = (kind == Kind::EndpointSlice)
+                .then(|| self.subscriptions.get(&Kind::Service))
+                .flatten()
+                .map(|s| s.sent.keys().cloned().collect())
+                .unwrap_or_default();
+            let view = View {
+                snapshot,
+                node: &self.node,
+                kind,
+                services,
+            };
+            let Some(subscription) = self.subscriptions.get_mut(&kind) else {
+                continue;
+            };
+            if let Some(mut response) = subscription.next(&view) {
+                self.nonce += 1;
+                response.nonce = self.nonce.to_string();
+                if let Some(in_flight) = &mut subscription.in_flight {
+                    in_flight.nonce.clone_from(&response.nonce);
+                }
+                responses.push((kind, response));
+            }
+        }
+        responses
+    }
+
+    /// How far the client is.
+    pub(crate) fn progress(&self) -> Progress {
+        let table = self.subscriptions.get(match self.role {
+            NodeRole::Proxy => &Kind::Workload,
+            NodeRole::Agent => &Kind::NodePod,
+        });
+        let mesh = self.subscriptions.get(&Kind::MeshConfig);
+        Progress {
+            handed: self.subscriptions.values().map(|s| s.handed).min(),
+            acked: table.map_or(0, |s| s.acked),
+            mesh_acked: mesh.map(|s| s.acked),
+            rejected: table.map(|s| s.rejected.clone()).unwrap_or_default(),
+            waiting: table.is_some_and(|s| s.in_flight.is_some()),
+        }
+    }
+}
+
+impl Subscription {
+    fn subscribe(&mut self, names: Vec<String>) -> Result<(), Violation> {
+        for name in names {
+            self.compared = None;
+            if name == "*" {
+                self.wildcard = true;
+                continue;
+            }
+            // Asked again: answered again.
+            self.answered.remove(&name);
+            self.names.insert(name);
+            if self.names.len() > MAX_NAMES {
+                return Err(Violation::TooManyNames);
+            }
+        }
+        Ok(())
+    }
+
+    /// The client drops what it has unsubscribed from by itself.
+    fn unsubscribe(&mut self, names: &[String]) {
+        if names.is_empty() {
+            return;
+        }
+        self.compared = None;
+        for name in names {
+            self.answered.remove(name);
+            self.names.remove(name);
+        }
+        self.wildcard &= !names.iter().any(|n| n == "*");
+        if !self.wildcard {
+            let kept: BTreeSet<_> = self.answered.values().flatten().cloned().collect();
+            self.sent.retain(|name, _| kept.contains(name));
+        }
+    }
+
+    fn answer(&mut self, kind: Kind, nonce: &str, error: Option<String>) -> Option<Answer> {
+        // An empty nonce starts a subscription; a strange one is about an earlier stream.
+        let in_flight = self
+            .in_flight
+            .take_if(|f| !nonce.is_empty() && f.nonce == nonce)?;
+        if let Some(seq) = in_flight.completes {
+            self.acked = seq;
+        }
+        match error {
+            None => {
+                for name in &in_flight.names {
+                    self.rejected.remove(name);
+                }
+                Some(Answer::Ack(kind))
+            }
+            // Which of them is not said: none counts as known.
+            Some(message) => {
+                self.rejected.extend(in_flight.names.iter().cloned());
+                let names = in_flight.names;
+                Some(Answer::Nack {
+                    kind,
+                    message,
+                    names,
+                })
+            }
+        }
+    }
+
+    fn next(&mut self, view: &View<'_>) -> Option<DeltaDiscoveryResponse> {
+        if self.in_flight.is_some() {
+            return None;
+        }
+        let seq = view.snapshot.seq;
+        if !self.owed && self.compared.as_ref().is_some_and(|old| view.same_as(old)) {
+            (self.handed, self.acked) = (seq, seq);
+            return None;
+        }
+        let wanted = view.wanted(self);
+        let mut removed: BTreeSet<String> = self
+            .sent
+            .keys()
+            .filter(|name| !wanted.contains_key(*name))
+            .map(|name| name.to_string())
+            .collect();
+        let mut renewed: HashMap<Arc<str>, Vec<String>> = HashMap::new();
+        for name in &self.names {
+            let resolved = view.resolve(name).filter(|r| wanted.contains_key(r));
+            if self.answered.get(name) != Some(&resolved) {
+                match &resolved {
+                    None => {
+                        removed.insert(name.clone());
+                    }
+                    Some(resource) => renewed
+                        .entry(resource.clone())
+                        .or_default()
+                        .push(name.clone()),
+                }
+                self.answered.insert(name.clone(), resolved);
+            }
+        }
+        let mut resources = Vec::new();
+        let (mut names, mut size, mut complete) = (Vec::new(), 0, true);
+        for (name, resource) in &wanted {
+            let known = self.sent.get(name).is_some_and(|v| *v == resource.version);
+            if known && !renewed.contains_key(name) {
+                continue;
+            }
+            if size > 0 && size + resource.body.len() > MAX_BYTES {
+                complete = false;
+                // What was asked for and does not fit must not count as answered.
+                for asked in renewed.get(name).into_iter().flatten() {
+                    self.answered.remove(asked);
+                }
+                continue;
+            }
+            size += resource.body.len() + name.len();
+            names.push(name.clone());
+            let mut aliases = self.aliases(name);
+            aliases.retain(|alias| **alias != **name);
+            resources.push(Resource {
+                version: resource.version.to_string(),
+                resource: Some(prost_types::Any {
+                    type_url: view.kind.type_url().into(),
+                    value: resource.body.to_vec(),
+                }),
+                name: name.to_string(),
+                aliases,
+            });
+            self.sent.insert(name.clone(), resource.version.clone());
+        }
+        for name in &removed {
+            self.sent.remove(name.as_str());
+            self.rejected.remove(name.as_str());
+        }
+        if complete {
+            self.compared = Some(view.snapshot.clone());
+            self.handed = seq;
+        }
+        if resources.is_empty() && removed.is_empty() && !self.owed {
+            self.acked = seq;
+            return None;
+        }
+        self.owed = false;
+        names.extend(removed.iter().map(|n| Arc::from(n.as_str())));
+        self.in_flight = Some(InFlight {
+            nonce: String::new(),
+            names,
+            completes: complete.then_some(seq),
+        });
+        Some(DeltaDiscoveryResponse {
+            system_version_info: seq.to_string(),
+            resources,
+            type_url: view.kind.type_url().into(),
+            nonce: String::new(),
+            removed_resources: removed.into_iter().collect(),
+        })
+    }
+
+    /// The names under which a resource was asked for.
+    fn aliases(&self, name: &Arc<str>) -> Vec<String> {
+        let answered = self.answered.iter();
+        let mut aliases: Vec<String> = answered
+            .filter(|(_, resource)| resource.as_ref() == Some(name))
+            .map(|(asked, _)| asked.clone())
+            .collect();
+        aliases.sort();
+        aliases
+    }
+}
+
+/// One type of a snapshot, as one node may see it.
+struct View<'a> {
+    snapshot: &'a Arc<Snapshot>,
+    node: &'a str,
+    kind: Kind,
+    /// For EndpointSlices: the Services this stream has been sent.
+    services: BTreeSet<Arc<str>>,
+}
+
+impl View<'_> {
+    fn table(&self, snapshot: &Snapshot) -> Arc<Table> {
+        match self.kind {
+            Kind::MeshConfig => snapshot.mesh.clone(),
+            Kind::NodePod => snapshot
+                .node_pods
+                .get(self.node)
+                .cloned()
+                .unwrap_or_default(),
+            Kind::Workload => snapshot.workloads.clone(),
+            Kind::Service => snapshot.services.clone(),
+            Kind::EndpointSlice => snapshot.slices.clone(),
+        }
+    }
+
+    /// Whether `old` holds the same for this node. May say no where it does.
+    fn same_as(&self, old: &Snapshot) -> bool {
+        let services_same = || {
+            Arc::ptr_eq(&old.services, &self.snapshot.services)
+                && Arc::ptr_eq(&old.namespaces_of_node, &self.snapshot.namespaces_of_node)
+        };
+        let table = self.table(old);
+        let same_table = Arc::ptr_eq(&table, &self.table(self.snapshot));
+        match self.kind {
+            Kind::MeshConfig | Kind::Workload => same_table,
+            Kind::NodePod => {
+                same_table || (table.is_empty() && self.table(self.snapshot).is_empty())
+            }
+            Kind::Service => services_same(),
+            // Which Services were sent can change by a subscription too.
+            Kind::EndpointSlice => false,
+        }
+    }
+
+    /// The resource a subscribed name means.
+    fn resolve(&self, name: &str) -> Option<Arc<str>> {
+        if self.kind == Kind::Service
+            && let Some(address) = name.strip_prefix("address/")
+        {
+            let address: IpAddr = address.parse().ok()?;
+            return self
+                .snapshot
+                .service_by_address
+                .get(&address.to_canonical())
+                .cloned();
+        }
+        let table = self.table(self.snapshot);
+        table.get_key_value(name).map(|(name, _)| name.clone())
+    }
+
+    /// Everything the client should hold.
+    fn wanted(&self, subscription: &Subscription) -> BTreeMap<Arc<str>, Arc<resources::Resource>> {
+        let table = self.table(self.snapshot);
+        let mut wanted = BTreeMap::new();
+        if subscription.wildcard {
+            let all = table.iter().filter(|(name, _)| self.in_wildcard(name));
+            wanted.extend(all.map(|(n, r)| (n.clone(), r.clone())));
+        }
+        for name in subscription.names.iter().filter_map(|n| self.resolve(n)) {
+            if let Some(resource) = table.get(&name) {
+                wanted.insert(name, resource.clone());
+            }
+        }
+        wanted
+    }
+
+    /// Whether `*` means the resource.
+    fn in_wildcard(&self, name: &Arc<str>) -> bool {
+        match self.kind {
+            Kind::MeshConfig | Kind::NodePod | Kind::Workload => true,
+            Kind::Service => {
+                self.snapshot.services_complete
+                    || name.split_once('/').is_some_and(|(namespace, _)| {
+                        let node = self.snapshot.namespaces_of_node.get(self.node);
+                        node.is_some_and(|namespaces| namespaces.contains(namespace))
+                    })
+            }
+            Kind::EndpointSlice => {
+                let service = self.snapshot.service_of_slice.get(name);
+                service.is_some_and(|s| self.services.contains(s))
+            }
+        }
+    }
+}
+
+/// Names one stream may ask for one by one, per type.
+const MAX_NAMES: usize = 50_000;
+/// What one response holds at most, unless a single resource is larger. Receivers take 4 MiB by default.
+const MAX_BYTES: usize = 2 * 1024 * 1024;
+
+#[cfg(test)]
+mod tests;
