@@ -107,6 +107,19 @@ pub struct Node {
     pub agent_pid: u32,
 }
 
+/// A Service as `get services -o json` tells it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Cluster IPs.
+    #[serde(alias = "clusterIPs", alias = "addresses")]
+    pub ips: Vec<IpAddr>,
+}
+
 impl Lab {
     /// Brings a lab up.
     #[track_caller]
@@ -218,6 +231,18 @@ impl Lab {
         found.unwrap_or_else(|| panic!("no pod {namespace}/{name}"))
     }
 
+    /// Whether a pod is in the mesh: enrolled, and every node knows.
+    #[track_caller]
+    pub fn is_enrolled(&self, pod: PodRef<'_>) -> bool {
+        match self.pod(pod).mesh {
+            serde_json::Value::Bool(enrolled) => enrolled,
+            serde_json::Value::String(state) => {
+                ["enforced", "enrolled"].contains(&state.to_lowercase().as_str())
+            }
+            _ => false,
+        }
+    }
+
     /// All nodes.
     #[track_caller]
     pub fn nodes(&self) -> Vec<Node> {
@@ -229,6 +254,18 @@ impl Lab {
     pub fn node(&self, name: &str) -> Node {
         let found = self.nodes().into_iter().find(|n| n.name == name);
         found.unwrap_or_else(|| panic!("no node {name}"))
+    }
+
+    /// One Service's cluster IPs.
+    #[track_caller]
+    pub fn service_ips(&self, (namespace, name): PodRef<'_>) -> Vec<IpAddr> {
+        let all: Vec<Service> = self.get("services");
+        let found = all
+            .into_iter()
+            .find(|s| s.name == name && s.namespace == namespace);
+        found
+            .unwrap_or_else(|| panic!("no Service {namespace}/{name}"))
+            .ips
     }
 
     /// `get KIND -o json`.

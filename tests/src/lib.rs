@@ -17,6 +17,7 @@ pub mod pki;
 pub mod process;
 pub mod python;
 pub mod scenario;
+pub mod servers;
 pub mod wait;
 
 /// Whether the long tier was asked for (`WARREN_TEST_LONG=1`): soaks and scale.

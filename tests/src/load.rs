@@ -95,6 +95,17 @@ pub struct HoldReport {
     pub failures: Vec<String>,
 }
 
+impl HoldReport {
+    /// Panics unless every connection was opened and none broke.
+    #[track_caller]
+    pub fn expect_unbroken(&self, what: &str) {
+        assert!(
+            self.held > 0 && self.failed == 0 && self.broken == 0,
+            "{what}: {self:#?}"
+        );
+    }
+}
+
 /// A client in a pod that runs until it is told to stop.
 #[derive(Debug)]
 pub struct Running {

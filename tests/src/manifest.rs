@@ -119,6 +119,35 @@ pub fn documents(documents: &[Value]) -> String {
     documents.iter().map(|d| format!("---\n{d}\n")).collect()
 }
 
+/// A Service of a `mesh-echo` pod, with all its ports.
+pub fn echo_service(namespace: &str, name: &str) -> Value {
+    service(
+        namespace,
+        name,
+        &[ECHO, WHO, COUNT, RESET, BLAST, CLOSED].map(|p| (p, p)),
+    )
+}
+
+/// The topology most tests use: in the meshed namespace `demo`, an idle `client` on node 1, the servers
+/// `near` on node 1 and `far` on node 2 with a Service each.
+pub fn near_and_far() -> Vec<Value> {
+    let mut all = vec![meshed_namespace("demo")];
+    all.extend(["client", "near", "far"].map(|name| account("demo", name)));
+    all.push(Pod::idle("demo", "client", "node-1"));
+    for (name, node) in [("near", "node-1"), ("far", "node-2")] {
+        all.push(Pod::echo("demo", name, node).build());
+        all.push(echo_service("demo", name));
+    }
+    all
+}
+
+/// The idle pod of [`near_and_far`].
+pub const CLIENT: (&str, &str) = ("demo", "client");
+/// The server of [`near_and_far`] on node 1.
+pub const NEAR: (&str, &str) = ("demo", "near");
+/// The server of [`near_and_far`] on node 2.
+pub const FAR: (&str, &str) = ("demo", "far");
+
 /// Port of `mesh-echo` that sends back what comes.
 pub const ECHO: u16 = 7000;
 /// Port of `mesh-echo` that first sends `peer <address>`, then echoes.

@@ -1,0 +1,121 @@
+//! Line 4: a proxy that dies, or is replaced, refuses no connection; neither does a mesh whose agents
+//! are away.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use warren_tests::lab::{Lab, signal};
+use warren_tests::load::{LoadReport, Running};
+use warren_tests::long;
+use warren_tests::manifest::{CLIENT, ECHO, near_and_far};
+use warren_tests::scenario::{Scenario, scenario};
+use warren_tests::wait::{let_run, wait_for};
+
+/// New connections a second, as the line asks for.
+const RATE: u32 = 200;
+/// Connections that a killed proxy may have had open: those of a tenth of a second.
+const IN_FLIGHT: u64 = 20;
+/// Load before the first event, so that pools and stocks are as under way.
+const SETTLE: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_killed_worker_refuses_no_connection() {
+    scenario(Duration::from_secs(180), |s| {
+        let lab = s.lab(2, &near_and_far());
+        for (node, target) in [("node-1", "far"), ("node-2", "far"), ("node-1", "near")] {
+            let report = under_load(s, &lab, target, || kill_worker(&lab, node));
+            report.expect_no_refusal(
+                &format!("worker of {node} killed, load to {target}"),
+                Duration::from_secs(1),
+                IN_FLIGHT,
+            );
+        }
+        // The supervisor too: whoever starts it again takes longer, but nobody is refused.
+        let report = under_load(s, &lab, "far", || {
+            lab.restart(&["node/node-1", "--proxy", "--kill"])
+        });
+        report.expect_no_refusal("proxy of node-1 killed", Duration::from_secs(5), IN_FLIGHT);
+    });
+}
+
+#[test]
+fn five_kills_of_the_worker_in_a_minute_refuse_no_connection() {
+    let (interval, longest) = if long() {
+        (Duration::from_secs(11), Duration::from_secs(1))
+    } else {
+        // Faster than the line asks for, so that the supervisor's back-off shows: at most 2 s of it.
+        (Duration::from_secs(3), Duration::from_secs(3))
+    };
+    scenario(Duration::from_secs(180), |s| {
+        let lab = s.lab(2, &near_and_far());
+        let report = under_load(s, &lab, "far", || {
+            for kill in 0..5 {
+                if kill > 0 {
+                    let_run(interval);
+                }
+                kill_worker(&lab, "node-2");
+            }
+        });
+        report.expect_no_refusal("five kills of node-2's worker", longest, 5 * IN_FLIGHT);
+    });
+}
+
+#[test]
+fn replaced_proxies_and_absent_agents_fail_no_connection() {
+    let away = Duration::from_secs(if long() { 60 } else { 15 });
+    scenario(away + Duration::from_secs(200), |s| {
+        let lab = s.lab(2, &near_and_far());
+        for (node, target) in [("node-1", "far"), ("node-2", "far"), ("node-1", "near")] {
+            let report = under_load(s, &lab, target, || replace_proxy(&lab, node));
+            report.expect_no_failure(&format!("proxy of {node} replaced, load to {target}"));
+        }
+        for node in ["node-1", "node-2"] {
+            let agent = lab.node(node).agent_pid;
+            let mut changed = false;
+            let report = under_load(s, &lab, "far", || {
+                let absent = lab.keep_away(agent);
+                let_run(away);
+                drop(absent);
+                wait_for("a new agent", Duration::from_secs(30), || {
+                    let now = lab.node(node).agent_pid;
+                    now != agent && now != 0
+                });
+                changed = true;
+                replace_proxy(&lab, node);
+            });
+            assert!(changed);
+            report.expect_no_failure(&format!(
+                "agent of {node} away for {away:?}, then the proxy replaced"
+            ));
+        }
+    });
+}
+
+/// Runs `event` under load from the client to a server; the load goes on until connections opened after
+/// the event have been served for a while.
+fn under_load(s: &Scenario, lab: &Lab, target: &str, event: impl FnOnce()) -> LoadReport {
+    let load = Running::load(s, lab, CLIENT, &format!("{target}:{ECHO}"), RATE);
+    let_run(SETTLE);
+    event();
+    let_run(SETTLE);
+    load.stop()
+}
+
+fn kill_worker(lab: &Lab, node: &str) {
+    let worker = lab.worker(node);
+    signal(worker, Signal::SIGKILL);
+    let killed = Instant::now();
+    wait_for("another worker", Duration::from_secs(10), || {
+        lab.worker(node) != worker
+    });
+    eprintln!("{node}: another worker after {:?}", killed.elapsed());
+}
+
+fn replace_proxy(lab: &Lab, node: &str) {
+    let before = lab.node(node).proxy_pid;
+    lab.restart(&[&format!("node/{node}"), "--proxy"]);
+    wait_for("another proxy", Duration::from_secs(40), || {
+        let now = lab.node(node).proxy_pid;
+        now != before && now != 0
+    });
+}

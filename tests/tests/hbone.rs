@@ -1,0 +1,173 @@
+//! Line 11: a client and a server written from the wire format in Python exchange bytes with a meshed
+//! pod in both directions, under a shared root.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::Value;
+use warren_tests::lab::{Lab, Options, PodRef};
+use warren_tests::load::attempt_until;
+use warren_tests::manifest::{CLIENT, ECHO, FAR, NEAR, Pod, WHO, account, near_and_far};
+use warren_tests::pki::{Authority, Leaf};
+use warren_tests::python::{interpreter, peer};
+use warren_tests::scenario::scenario;
+
+const PEER: PodRef<'_> = ("demo", "peer");
+const PEER_ID: &str = "spiffe://cluster.local/ns/demo/sa/peer";
+const CLIENT_ID: &str = "spiffe://cluster.local/ns/demo/sa/client";
+
+#[test]
+fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
+    scenario(Duration::from_secs(120), |s| {
+        let root = Authority::new("a shared root");
+        let ca = s.fresh_path("ca");
+        root.write(&ca);
+        let leaf = root.workload(&s.fresh_path("peer"), PEER_ID);
+        let peer_files = Files {
+            python: interpreter().display().to_string(),
+            roots: ca.join("root.crt").display().to_string(),
+            leaf,
+        };
+        let mut manifests = near_and_far();
+        manifests.push(account("demo", "peer"));
+        let server = peer_files.command("hbone_server.py");
+        let server: Vec<&str> = server.iter().map(String::as_str).collect();
+        let pod = Pod::new("demo", "peer", "node-2").command(&server);
+        manifests.push(pod.annotation("warren-mesh.io/tunnel", "hbone").build());
+        let lab = s.lab_with(
+            2,
+            &manifests,
+            &Options {
+                ca: Some(ca),
+                args: vec![],
+            },
+        );
+        let peer_pod = lab.pod(PEER);
+
+        // A meshed client calls the Python server.
+        for ip in &peer_pod.ips {
+            let target = SocketAddr::new(*ip, 7777).to_string();
+            attempt_until(
+                &lab,
+                CLIENT,
+                &["send", &target, "hello over hbone"],
+                "an answer in upper case",
+                |a| a["answer"] == "HELLO OVER HBONE",
+            );
+        }
+        let events: Vec<Value> = lab
+            .logs(&["-n", "demo", "peer"])
+            .lines()
+            .filter_map(|l| serde_json::from_str(l).ok())
+            .collect();
+        let of = |kind: &str| {
+            events
+                .iter()
+                .filter(|e| e["event"] == kind)
+                .collect::<Vec<_>>()
+        };
+        for handshake in of("handshake") {
+            assert_eq!(handshake["identity"], CLIENT_ID, "{handshake}");
+            assert_eq!(
+                (&handshake["alpn"], &handshake["sni"]),
+                (&"h2".into(), &Value::Null),
+                "{handshake}"
+            );
+        }
+        assert!(!of("handshake").is_empty(), "{events:?}");
+        for ip in &peer_pod.ips {
+            let authority = SocketAddr::new(*ip, 7777).to_string();
+            let stream = of("stream")
+                .into_iter()
+                .find(|e| e["headers"][":authority"] == *authority);
+            let headers = &stream.unwrap_or_else(|| panic!("no stream to {authority}: {events:?}"))
+                ["headers"];
+            assert_eq!(headers[":method"], "CONNECT", "{headers}");
+            assert!(
+                headers[":path"].is_null() && headers[":protocol"].is_null(),
+                "{headers}"
+            );
+        }
+
+        // The Python client calls meshed servers, at their own addresses.
+        for server in [FAR, NEAR] {
+            let pod = lab.pod(server);
+            for ip in &pod.ips {
+                let uri = format!("spiffe://cluster.local/ns/demo/sa/{}", server.1);
+                let echo = SocketAddr::new(*ip, ECHO).to_string();
+                let answer = call(&lab, &peer_files, *ip, &echo);
+                assert_eq!(
+                    (&answer["tls"], &answer["alpn"]),
+                    (&"ok".into(), &"h2".into()),
+                    "{answer}"
+                );
+                assert_eq!(
+                    (&answer["status"], &answer["peer"]),
+                    (&200.into(), &uri.into()),
+                    "{answer}"
+                );
+                assert_eq!(answer["answer"], "bytes from python", "{answer}");
+                // The app sees who called.
+                let who = call(
+                    &lab,
+                    &peer_files,
+                    *ip,
+                    &SocketAddr::new(*ip, WHO).to_string(),
+                );
+                let said = who["answer"].as_str().unwrap_or_default();
+                let caller = peer_pod.ips.iter().find(|p| p.is_ipv4() == ip.is_ipv4());
+                let caller = caller
+                    .expect("the peer has addresses of both families")
+                    .to_string();
+                assert!(
+                    said.starts_with("peer ") && said.contains(&caller),
+                    "{who}, not from {caller}"
+                );
+            }
+            // Another pod's address is no target here.
+            let other = SocketAddr::new(lab.pod(CLIENT).v4(), ECHO).to_string();
+            let answer = call(&lab, &peer_files, pod.v4(), &other);
+            assert_eq!(
+                answer["headers"]["warren-proxy-error"], "not_local",
+                "{answer}"
+            );
+        }
+    });
+}
+
+struct Files {
+    python: String,
+    roots: String,
+    leaf: Leaf,
+}
+
+impl Files {
+    fn command(&self, program: &str) -> Vec<String> {
+        vec![
+            self.python.clone(),
+            peer(program).display().to_string(),
+            "--cert".into(),
+            self.leaf.certificate.display().to_string(),
+            "--key".into(),
+            self.leaf.key.display().to_string(),
+            "--ca".into(),
+            self.roots.clone(),
+        ]
+    }
+}
+
+/// One CONNECT over HBONE from the Python pod to a pod's own port 15008.
+#[track_caller]
+fn call(lab: &Lab, files: &Files, ip: std::net::IpAddr, authority: &str) -> Value {
+    let mut command = files.command("hbone_client.py");
+    for (flag, value) in [
+        ("--connect", ip.to_string()),
+        ("--authority", authority.into()),
+        ("--send", "bytes from python".into()),
+    ] {
+        command.extend([flag.to_owned(), value]);
+    }
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let done = lab.exec(PEER, &command).expect_ok();
+    serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
+}
