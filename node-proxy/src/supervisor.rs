@@ -60,6 +60,8 @@ pub fn run(options: &Options) -> Result<u8, SupervisorError> {
 pub fn harden(profile: Profile, role: &str, allow_privileged: bool) -> Result<(), SupervisorError> {
     let system = |what| move |e: nix::Error| SupervisorError::System(what, e.into());
     prctl::set_no_new_privs().map_err(system("no_new_privs"))?;
+    // Otherwise a worker, started as /proc/self/exe, is called `exe` by ps and top.
+    prctl::set_name(c"warren-proxy").map_err(system("PR_SET_NAME"))?;
     // A limit that cannot be raised is no reason to stop; the stocks and budgets adapt to it. Root could
     // not be told from a sandbox here.
     let _ = raise_descriptor_limit();
