@@ -352,15 +352,16 @@ impl Lab {
         found.unwrap_or_else(|| panic!("lab {} has no controller", self.name))
     }
 
-    /// Kills a process of the mesh and keeps it away until the result drops.
+    /// Keeps a part of the mesh away (`controller`, or `node/<name> --agent`) until the result drops.
     #[track_caller]
-    pub fn keep_away(&self, pid: u32) -> Away {
-        // The daemon would restart it at once: it is stopped meanwhile.
-        let daemon = self.daemon();
-        signal(daemon, Signal::SIGSTOP);
-        let away = Away { daemon };
-        signal(pid, Signal::SIGKILL);
-        away
+    pub fn keep_away(&self, part: &[&str], kill: bool) -> Away<'_> {
+        let mut stop = self.command("stop");
+        stop.args(part).args(kill.then_some("--kill"));
+        run(&mut stop, Duration::from_secs(40)).expect_ok();
+        Away {
+            lab: self,
+            part: part.iter().map(|&word| word.to_owned()).collect(),
+        }
     }
 
     /// Takes it down; panics if that fails.
@@ -400,15 +401,23 @@ impl Drop for Lab {
     }
 }
 
-/// A process that is being kept away.
+/// A part of the mesh that is being kept away.
 #[derive(Debug)]
-pub struct Away {
-    daemon: u32,
+pub struct Away<'a> {
+    lab: &'a Lab,
+    part: Vec<String>,
 }
 
-impl Drop for Away {
+impl Drop for Away<'_> {
     fn drop(&mut self) {
-        signal(self.daemon, Signal::SIGCONT);
+        if std::thread::panicking() {
+            return; // The lab goes down anyway.
+        }
+        run(
+            self.lab.command("start").args(&self.part),
+            Duration::from_secs(60),
+        )
+        .expect_ok();
     }
 }
 

@@ -51,9 +51,10 @@ pub fn mariadb(s: &Scenario) -> Vec<String> {
         Duration::from_secs(60),
     )
     .expect_ok();
+    // One statement a line.
     let init = s.file(
         "init.sql",
-        "CREATE USER mesh@'%'; GRANT ALL ON *.* TO mesh@'%';\n",
+        "CREATE USER mesh@'%';\nGRANT ALL ON *.* TO mesh@'%';\n",
     );
     let at = directory.display();
     command(

@@ -31,7 +31,7 @@ fn nodes_go_on_without_the_controller() {
         );
         let load = Running::load(s, &lab, CLIENT, &target, 50);
 
-        // Stopped, not ended: whoever asks gets no answer, which is worse than a refusal.
+        // First stopped, not ended: whoever asks gets no answer, which is worse than a refusal.
         let outage = Outage::begin(&lab);
         served(&lab, newcomers[0], "a caller that never called before");
         served(&lab, CLIENT, "a caller that did");
@@ -41,38 +41,12 @@ fn nodes_go_on_without_the_controller() {
         load.stop::<LoadReport>()
             .expect_no_failure("new connections across the controller's end");
 
-        for (node, newcomer) in [("node-1", newcomers[1]), ("node-2", newcomers[2])] {
-            let worker = lab.worker(node);
-            signal(worker, Signal::SIGKILL);
-            wait_for("another worker", Duration::from_secs(10), || {
-                lab.worker(node) != worker
-            });
-            served(
-                &lab,
-                newcomer,
-                &format!("a first-time caller after {node}'s worker was killed"),
-            );
-            restart(&lab, node, "--proxy");
-            served(
-                &lab,
-                newcomer,
-                &format!("after {node}'s proxy was restarted"),
-            );
-            restart(&lab, node, "--agent");
-            served(
-                &lab,
-                newcomer,
-                &format!("after {node}'s agent was restarted"),
-            );
-            restart(&lab, node, "--proxy");
-            served(
-                &lab,
-                newcomer,
-                &format!("after {node}'s proxy was restarted with the new agent"),
-            );
-        }
-
+        restarts(&lab, "node-1", newcomers[1]);
         drop(outage);
+        let outage = lab.keep_away(&["controller"], true);
+        restarts(&lab, "node-2", newcomers[2]);
+        drop(outage);
+
         // It is back: what changes now arrives.
         lab.apply(&[
             account("demo", "late"),
@@ -97,6 +71,29 @@ fn nodes_go_on_without_the_controller() {
             },
         );
     });
+}
+
+/// Restarts everything of a node; after each step a caller is served that never called before.
+#[track_caller]
+fn restarts(lab: &Lab, node: &str, newcomer: PodRef<'_>) {
+    let worker = lab.worker(node);
+    signal(worker, Signal::SIGKILL);
+    wait_for("another worker", Duration::from_secs(10), || {
+        lab.worker(node) != worker
+    });
+    served(
+        lab,
+        newcomer,
+        &format!("a first-time caller after {node}'s worker was killed"),
+    );
+    for (which, what) in [
+        ("--proxy", "proxy was restarted"),
+        ("--agent", "agent was restarted"),
+        ("--proxy", "proxy was restarted with the new agent"),
+    ] {
+        restart(lab, node, which);
+        served(lab, newcomer, &format!("after {node}'s {what}"));
+    }
 }
 
 /// The controller answers nobody until this drops.

@@ -56,7 +56,7 @@ fn a_server_that_speaks_first_is_heard_at_once() {
             .exec(CLIENT, &[&query[..], &["select 6*7"]].concat())
             .expect_ok();
         assert_eq!(sum.stdout.trim(), "42");
-        let large = "select repeat('x', 1000) from seq_1_to_20000";
+        let large = "select repeat('x', 1000) from mysql.seq_1_to_20000";
         assert_eq!(bytes(&lab, &[&query[..], &[large]].concat()), 20_000 * 1001);
     });
 }

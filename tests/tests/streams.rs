@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use serde_json::Value;
-use warren_tests::host::{command_line, rss_kib};
-use warren_tests::lab::{Lab, PodRef};
+use warren_tests::host::rss_kib;
+use warren_tests::lab::Options;
 use warren_tests::load::{HoldReport, Running, attempt};
 use warren_tests::manifest::{
     BLAST, CLIENT, CLOSED, COUNT, ECHO, FAR, NEAR, Pod, RESET, account, echo_service, near_and_far,
@@ -153,8 +153,13 @@ fn limits_hit_one_workload_alone() {
             account("demo", "modest"),
             Pod::idle("demo", "modest", "node-1"),
         ]);
-        let lab = s.lab(2, &manifests);
-        limit_connections(&lab, "node-1", 100);
+        let limits = s.file("proxy.yaml", "limits:\n  connections: 100\n");
+        let overlay = format!("proxy={}", limits.display());
+        let options = Options {
+            ca: None,
+            args: vec!["--config".into(), overlay],
+        };
+        let lab = s.lab_with(2, &manifests, &options);
         let target = format!("far:{ECHO}");
         let modest = Running::hold(
             s,
@@ -193,30 +198,5 @@ fn limits_hit_one_workload_alone() {
         again
             .stop::<HoldReport>()
             .expect_unbroken("within the limit again");
-    });
-}
-
-/// Sets the limit in the configuration of the node's proxy and restarts it.
-#[track_caller]
-fn limit_connections(lab: &Lab, node: &str, connections: u32) {
-    let line = command_line(lab.node(node).proxy_pid);
-    let path = line.split(' ').skip_while(|w| *w != "--config").nth(1);
-    let path = path.unwrap_or_else(|| panic!("no --config in {line:?}"));
-    let mut config = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
-    assert!(
-        !config.contains("limits:"),
-        "{path} has limits already:\n{config}"
-    );
-    config.push_str(&format!("\nlimits:\n  connections: {connections}\n"));
-    std::fs::write(path, config).unwrap_or_else(|e| panic!("{path}: {e}"));
-    lab.restart(&[&format!("node/{node}"), "--proxy"]);
-    let ready: PodRef<'_> = CLIENT;
-    wait_until("the restarted proxy", Duration::from_secs(30), || {
-        let answer = attempt(lab, ready, &["half-close", &format!("far:{COUNT}"), "1"]);
-        if answer["error"].is_null() {
-            Ok(())
-        } else {
-            Err(answer)
-        }
     });
 }
