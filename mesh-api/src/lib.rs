@@ -10,3 +10,7 @@ pub mod names;
 pub mod proto;
 pub mod seqpacket;
 pub mod tls;
+
+// Tests that other crates share name this crate as those do.
+#[cfg(test)]
+extern crate self as mesh_api;

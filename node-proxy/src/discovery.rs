@@ -102,6 +102,7 @@ fn restore(table: &Table, mut kept: Vec<DeltaDiscoveryResponse>) {
                 "kept resource is not valid"
             );
         }
+        table.complete(&type_url);
     }
     if *table.loaded().borrow() {
         let [_, (_, workloads), _, (_, services)] = table.counts();
@@ -129,7 +130,6 @@ impl Sink for Feed {
         upserts: Vec<Update>,
         removed: Vec<String>,
     ) -> Result<(), String> {
-        let was_loaded = *self.table.loaded().borrow();
         let applied = self.table.apply(type_url, &upserts, &removed);
         for rejected in &applied.rejected {
             tracing::error!(
@@ -147,11 +147,24 @@ impl Sink for Feed {
         if Kind::of(type_url) == Some(Kind::MeshConfig) {
             self.trust();
         }
+        result
+    }
+
+    fn complete(&mut self, type_url: &str) {
+        let was_loaded = *self.table.loaded().borrow();
+        if !self.table.complete(type_url) {
+            return;
+        }
+        if let Some(log) = &mut self.log {
+            log.append(&DeltaDiscoveryResponse {
+                type_url: type_url.to_owned(),
+                ..Default::default()
+            });
+        }
         if !was_loaded && *self.table.loaded().borrow() {
             let [_, (_, workloads), _, (_, services)] = self.table.counts();
             tracing::info!(workloads, services, "table loaded from the controller");
         }
-        result
     }
 
     fn opened(&mut self) {
@@ -193,6 +206,8 @@ fn taken(
             .any(|r| r.name == name && !r.quarantined)
     };
     DeltaDiscoveryResponse {
+        // Whether it was all there is, `complete` says.
+        system_version_info: delta::MORE.into(),
         type_url: type_url.to_owned(),
         resources: upserts
             .into_iter()

@@ -182,6 +182,10 @@ impl Table {
     pub fn service(&self, destination: SocketAddr) -> ServiceLookup {
         let address = destination.ip().to_canonical();
         let port = destination.port();
+        let mesh = self.view.mesh.load();
+        if !mesh.services_complete {
+            self.demand.touch(address);
+        }
         if let Some(services) = self.view.services.get(&address) {
             let declared = |service: &Arc<Service>| {
                 service
@@ -197,7 +201,6 @@ impl Table {
                 return ServiceLookup::NoSuchPort(Arc::clone(service));
             }
         }
-        let mesh = self.view.mesh.load();
         if mesh.node_addresses.contains(&address) {
             return match self.view.node_ports.get(&port) {
                 Some(found) => ServiceLookup::Port(Arc::clone(&found)),
@@ -215,16 +218,13 @@ impl Table {
     /// silent for `limit`, an unknown address counts as not a Service.
     pub async fn find_service(&self, destination: SocketAddr, limit: Duration) -> ServiceLookup {
         let known = self.service(destination);
-        let complete = self.view.mesh.load().services_complete;
-        if !complete && !matches!(known, ServiceLookup::NotAService) {
-            self.demand.ask(destination.ip().to_canonical());
-        }
         if !matches!(known, ServiceLookup::Unknown) {
             return known;
         }
         if !self.online.load(Ordering::Relaxed) {
             return ServiceLookup::NotAService;
         }
+        self.demand.ask(destination.ip().to_canonical());
         let answer = || match self.service(destination) {
             ServiceLookup::Unknown => None,
             other => Some(other),
@@ -268,16 +268,10 @@ impl Table {
     /// Takes one response of the controller (or of the disk). Valid resources are in force when this
     /// returns; the others are named in [`Applied::rejected`], and what was held in their place stays.
     pub fn apply(&self, type_url: &str, updates: &[Update], removed: &[String]) -> Applied {
-        let applied = {
-            let mut model = self.model.lock();
-            let applied = model.apply(&self.view, type_url, updates, removed);
-            self.loaded.send_if_modified(|loaded| {
-                let first = !*loaded && model.is_complete();
-                *loaded |= first;
-                first
-            });
-            applied
-        };
+        let applied = self
+            .model
+            .lock()
+            .apply(&self.view, type_url, updates, removed);
         if type_url == Kind::Service.type_url() {
             for update in updates {
                 self.demand.found(update.aliases.iter().map(String::as_str));
@@ -286,6 +280,21 @@ impl Table {
         }
         self.changes.send_modify(|n| *n += 1);
         applied
+    }
+
+    /// Everything of a type has been applied. The table is loaded once that is so of every type.
+    /// Returns whether it is news.
+    pub fn complete(&self, type_url: &str) -> bool {
+        let Some(kind) = Kind::of(type_url) else {
+            return false;
+        };
+        let (news, complete) = {
+            let mut model = self.model.lock();
+            (model.complete(kind), model.is_complete())
+        };
+        self.loaded
+            .send_if_modified(|loaded| !std::mem::replace(loaded, complete) && complete);
+        news
     }
 
     /// Names and versions of the resources of a type that are held.

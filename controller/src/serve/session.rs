@@ -106,7 +106,7 @@ struct Subscription {
     answered: HashMap<String, Option<Arc<str>>>,
     /// Name -> version.
     sent: HashMap<Arc<str>, Arc<str>>,
-    /// The client knows nothing yet and waits for a first response, even an empty one.
+    /// The first request of a type is answered even if the client holds everything: it learns so.
     owed: bool,
     in_flight: Option<InFlight>,
     /// The snapshot that was last compared, unless the subscription changed since.
@@ -156,7 +156,7 @@ impl Session {
         if first {
             // A first request without names asks for everything (same document, "wildcard").
             subscription.wildcard = request.resource_names_subscribe.is_empty();
-            subscription.owed = request.initial_resource_versions.is_empty();
+            subscription.owed = true;
             let held = request.initial_resource_versions;
             subscription.sent = held
                 .into_iter()
@@ -365,7 +365,12 @@ impl Subscription {
             completes: complete.then_some(seq),
         });
         Some(DeltaDiscoveryResponse {
-            system_version_info: seq.to_string(),
+            // A receiver must not take a part of the first table for all of it.
+            system_version_info: if complete {
+                seq.to_string()
+            } else {
+                format!("{seq}{}", mesh_api::client::delta::MORE)
+            },
             resources,
             type_url: view.kind.type_url().into(),
             nonce: String::new(),

@@ -32,6 +32,9 @@ pub(super) struct Connection {
 pub(super) enum End {
     /// By either end or the network.
     Closed(String),
+    /// Before the controller said anything, which is what refusing our certificate may look like:
+    /// its alert is lost when it closes with bytes of ours unread.
+    Unheard(String),
     /// The controller does not take our certificate.
     CertificateRefused(String),
 }
@@ -75,7 +78,8 @@ pub(super) async fn connect(
     let mut once = Some(TokioIo::new(Watched {
         io: stream,
         ended: Some(sender),
-        end: End::Closed("closed".into()),
+        end: None,
+        heard: false,
     }));
     // The channel would call this again to reconnect by itself. It must not: the session decides
     // with which certificate and roots a connection is made.
@@ -98,26 +102,23 @@ pub(super) async fn connect(
 struct Watched<T> {
     io: T,
     ended: Option<oneshot::Sender<End>>,
-    end: End,
-}
-
-impl<T> Watched<T> {
-    fn note<R>(&mut self, result: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
-        if let Poll::Ready(Err(e)) = &result {
-            self.end = if refuses_certificate(e) {
-                End::CertificateRefused(e.to_string())
-            } else {
-                End::Closed(e.to_string())
-            };
-        }
-        result
-    }
+    end: Option<io::Error>,
+    /// Something has been read.
+    heard: bool,
 }
 
 impl<T> Drop for Watched<T> {
     fn drop(&mut self) {
         if let Some(ended) = self.ended.take() {
-            let end = std::mem::replace(&mut self.end, End::Closed(String::new()));
+            let reason = self
+                .end
+                .as_ref()
+                .map_or("closed".into(), io::Error::to_string);
+            let end = match &self.end {
+                Some(e) if refuses_certificate(e) => End::CertificateRefused(reason),
+                _ if self.heard => End::Closed(reason),
+                _ => End::Unheard(reason),
+            };
             // Nobody listens once the connection was replaced.
             let _ = ended.send(end);
         }
@@ -130,8 +131,21 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.io).poll_read(cx, buffer);
-        self.note(result)
+        let before = buffer.filled().len();
+        match Pin::new(&mut self.io).poll_read(cx, buffer) {
+            Poll::Ready(Err(e)) => {
+                let kept = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+                self.end = Some(match kept {
+                    Some(tls) => io::Error::new(e.kind(), tls.clone()),
+                    None => io::Error::new(e.kind(), e.to_string()),
+                });
+                Poll::Ready(Err(e))
+            }
+            other => {
+                self.heard |= buffer.filled().len() > before;
+                other
+            }
+        }
     }
 }
 

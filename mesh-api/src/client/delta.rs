@@ -3,8 +3,9 @@
 //! The protocol is that of the public xDS API ("Incremental xDS"). A stream begins with one request
 //! per type that names what is subscribed and the versions that are held, so that nothing known is
 //! sent again. Each response is answered by its nonce: accepted, or rejected with the reason, in which
-//! case its good resources are in force nevertheless. The server answers the first request of each
-//! type even when there is nothing new, which is how a client learns that it is up to date.
+//! case its good resources are in force nevertheless. The server answers the first request of a type for
+//! which the client holds nothing even when there is nothing. A response whose
+//! `system_version_info` ends with [`MORE`] is not all there is: the next one goes on.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -50,6 +51,11 @@ pub trait Sink: Send + 'static {
         upserts: Vec<Update>,
         removed: Vec<String>,
     ) -> Result<(), String>;
+
+    /// What was applied last makes the resources of the type complete as of now.
+    fn complete(&mut self, type_url: &str) {
+        let _ = type_url;
+    }
 
     /// A stream is open; its first requests are sent.
     fn opened(&mut self) {}
@@ -237,7 +243,7 @@ impl<'a, S: Sink> Opened<'a, S> {
             type_url,
             nonce,
             removed_resources,
-            system_version_info: _,
+            system_version_info,
         } = response;
         let mut missing = Vec::new();
         let mut updates = Vec::with_capacity(resources.len());
@@ -260,6 +266,9 @@ impl<'a, S: Sink> Opened<'a, S> {
             }
         }
         let applied = self.0.apply(&type_url, updates, removed_resources);
+        if !system_version_info.ends_with(MORE) {
+            self.0.complete(&type_url);
+        }
         let rejected = match (missing.is_empty(), applied) {
             (true, Ok(())) => None,
             (true, Err(e)) => Some(e),
@@ -293,6 +302,8 @@ async fn gone(subscriptions: &mut watch::Receiver<Subscriptions>) {
     while subscriptions.changed().await.is_ok() {}
 }
 
+/// Last character of `system_version_info` of a response that does not hold everything.
+pub const MORE: char = '+';
 /// Requests that wait to be sent.
 const REQUESTS: usize = 16;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);

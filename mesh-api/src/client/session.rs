@@ -60,6 +60,8 @@ struct Session {
     generation: u64,
     /// Failed attempts so far; chooses the roots to verify the controller against.
     attempt: u64,
+    /// Connections in a row on which the controller said nothing.
+    unheard: u32,
 }
 
 impl Session {
@@ -70,6 +72,7 @@ impl Session {
             credentials: None,
             generation: 0,
             attempt: 0,
+            unheard: 0,
         };
         if let Some(path) = session.key_path() {
             match Credentials::load(&path) {
@@ -120,9 +123,20 @@ impl Session {
             let shared = self.shared.clone();
             tokio::select! {
                 end = &mut connection.ended => return match end {
-                    Ok(End::Closed(reason)) => format!("connection ended: {reason}"),
+                    Ok(End::Closed(reason)) => {
+                        self.unheard = 0;
+                        format!("connection ended: {reason}")
+                    }
+                    Ok(End::Unheard(reason)) => {
+                        self.unheard += 1;
+                        if self.unheard >= UNHEARD {
+                            self.credentials = None;
+                        }
+                        format!("connection ended before the controller said anything: {reason}")
+                    }
                     Ok(End::CertificateRefused(reason)) => {
                         self.credentials = None;
+                        self.unheard = 0;
                         format!("node certificate refused: {reason}")
                     }
                     Err(_) => "connection ended".into(),
@@ -276,6 +290,8 @@ const RECONNECT_MAX: Duration = Duration::from_secs(15);
 const PROVEN: Duration = Duration::from_secs(5);
 const RENEW_MIN: Duration = Duration::from_secs(1);
 const RENEW_MAX: Duration = Duration::from_secs(150);
+/// After this many connections without a word from the controller it is given a new certificate.
+const UNHEARD: u32 = 2;
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How soon a jump of the wall clock is noticed.
 const CLOCK_CHECK: Duration = Duration::from_secs(60);

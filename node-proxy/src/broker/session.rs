@@ -285,6 +285,7 @@ impl Session<'_> {
             );
         }
         let mut loaded = self.broker.roster.parts.table.loaded();
+        let identities = Arc::clone(&self.broker.roster.parts.identities);
         self.completion = Some(Box::pin(async move {
             // Fails only when the table is gone, with the process.
             let _ = loaded.wait_for(|loaded| *loaded).await;
@@ -292,6 +293,8 @@ impl Session<'_> {
                 // A pod that is removed or cannot be served does not hold up the others.
                 let _ = served(stage).await;
             }
+            // All pods of the node are known now: keys of others need not be kept.
+            identities.wipe_unwanted();
         }));
     }
 

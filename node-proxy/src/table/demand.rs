@@ -44,7 +44,7 @@ impl Demand {
         self.subscriptions.subscribe()
     }
 
-    /// Notes that an address is used, and subscribes to it if it is new.
+    /// Subscribes to an address.
     pub(super) fn ask(&self, address: IpAddr) {
         let mut asked = self.asked.lock();
         let used = Instant::now();
@@ -70,6 +70,13 @@ impl Demand {
             },
         );
         self.subscribe(&[address], oldest.as_slice());
+    }
+
+    /// Notes that an address is used, if it was asked for.
+    pub(super) fn touch(&self, address: IpAddr) {
+        if let Some(known) = self.asked.lock().get_mut(&address) {
+            known.used = Instant::now();
+        }
     }
 
     pub(super) fn is_absent(&self, address: IpAddr) -> bool {

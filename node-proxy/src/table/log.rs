@@ -2,7 +2,8 @@
 //!
 //! The file is a magic line and then records: length (4 bytes, little endian), the first 8 bytes of the
 //! SHA-256 of the body, and the body, which is a `DeltaDiscoveryResponse` with the resources that were
-//! taken. Reading it is applying the same changes again. A thread of its own appends, so no runtime
+//! taken; one without [`MORE`] says that everything of its type precedes. A type of which the
+//! file does not hold everything is no use. Reading it is applying the same changes again. A thread of its own appends, so no runtime
 //! ever waits for the disk; when the file has grown to twice what it holds, it is written anew and put
 //! in place by rename.
 //!
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
+use mesh_api::client::delta::MORE;
 use mesh_api::proto::discovery::{DeltaDiscoveryResponse, Resource};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -30,8 +32,8 @@ pub struct Log {
 }
 
 impl Log {
-    /// Reads the file and begins a new one that holds the same. Returns one response per type. An
-    /// unusable file is reported and counts as empty.
+    /// Reads the file and begins a new one that holds the same. Returns one response per
+    /// type. An unusable file is reported and counts as empty.
     pub fn open(path: &Path) -> io::Result<(Vec<DeltaDiscoveryResponse>, Log)> {
         let held = match read(path) {
             Ok(held) => held,
@@ -41,7 +43,8 @@ impl Log {
                 Held::default()
             }
         };
-        let responses = held.into_responses();
+        let mut responses = held.into_responses();
+        responses.retain(|response| !response.system_version_info.ends_with(MORE));
         let writer = Writer::create(path.to_owned(), &responses)?;
         let (records, incoming) = sync_channel(WAITING);
         let thread = std::thread::Builder::new()
@@ -153,28 +156,42 @@ impl Writer {
 #[derive(Default)]
 struct Held {
     /// By type and name; with the number of the change, since later ones win.
-    types: BTreeMap<String, HashMap<String, (u64, Resource)>>,
+    types: BTreeMap<String, Type>,
     changes: u64,
+}
+
+#[derive(Default)]
+struct Type {
+    complete: bool,
+    resources: HashMap<String, (u64, Resource)>,
 }
 
 impl Held {
     fn take(&mut self, response: DeltaDiscoveryResponse) {
         let of_type = self.types.entry(response.type_url).or_default();
+        of_type.complete |= !response.system_version_info.ends_with(MORE);
         for resource in response.resources {
             self.changes += 1;
-            of_type.insert(resource.name.clone(), (self.changes, resource));
+            of_type
+                .resources
+                .insert(resource.name.clone(), (self.changes, resource));
         }
         for name in &response.removed_resources {
-            of_type.remove(name);
+            of_type.resources.remove(name);
         }
     }
 
     /// One per type, also for a type without resources, the oldest change first.
     fn into_responses(self) -> Vec<DeltaDiscoveryResponse> {
-        let response = |(type_url, held): (String, HashMap<_, (u64, Resource)>)| {
-            let mut held: Vec<_> = held.into_values().collect();
+        let response = |(type_url, of_type): (String, Type)| {
+            let mut held: Vec<_> = of_type.resources.into_values().collect();
             held.sort_by_key(|(change, _)| *change);
             DeltaDiscoveryResponse {
+                system_version_info: if of_type.complete {
+                    String::new()
+                } else {
+                    MORE.into()
+                },
                 type_url,
                 resources: held.into_iter().map(|(_, resource)| resource).collect(),
                 ..Default::default()

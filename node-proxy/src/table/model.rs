@@ -96,8 +96,8 @@ pub(super) struct Model {
     contested: HashMap<IpAddr, Vec<Arc<str>>>,
     /// Workloads that came before the trust domain was known.
     early: BTreeMap<String, Update>,
-    /// Types of which a response was taken.
-    seen: HashSet<Kind>,
+    /// Types of which everything was held at some time.
+    complete: HashSet<Kind>,
     interner: Interner,
 }
 
@@ -130,13 +130,17 @@ impl Model {
             Kind::Service => self.apply_services(view, updates, removed, &mut applied),
             Kind::EndpointSlice => self.apply_slices(updates, removed, &mut applied),
         }
-        self.seen.insert(kind);
         applied
     }
 
-    /// Whether there is a trust domain and every type has been heard of.
+    /// Everything of a type is held. Returns whether that is news.
+    pub(super) fn complete(&mut self, kind: Kind) -> bool {
+        self.complete.insert(kind)
+    }
+
+    /// Whether there is a trust domain and everything of every type was held.
     pub(super) fn is_complete(&self) -> bool {
-        self.mesh.is_some() && Kind::ALL.iter().all(|k| self.seen.contains(k))
+        self.mesh.is_some() && Kind::ALL.iter().all(|k| self.complete.contains(k))
     }
 
     pub(super) fn known(&self, type_url: &str) -> HashMap<String, String> {
