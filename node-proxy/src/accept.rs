@@ -38,7 +38,12 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts until stopped; while the process drains, connections are left in the queue for its successor.
 /// Nothing is accepted before the first table is there. Connections are dealt out to `workers` in turn.
-pub async fn run(workers: Vec<Arc<Worker>>, capture: Capture, listener: OwnedFd, stop: CancellationToken) {
+pub async fn run(
+    workers: Vec<Arc<Worker>>,
+    capture: Capture,
+    listener: OwnedFd,
+    stop: CancellationToken,
+) {
     let context = Arc::clone(&workers[0].context);
     let listener = match listen(listener) {
         Ok(listener) => listener,
@@ -96,17 +101,42 @@ fn begin(worker: &Arc<Worker>, capture: &Capture, socket: TcpStream, peer: Socke
     let own = Arc::clone(worker);
     match capture {
         Capture::Outbound(pod) => {
-            let Some(destination) = destination(worker, Reporter::Source, pod, &socket, peer) else { return };
-            worker.spawn(outbound::serve(own, Arc::clone(pod), socket, peer, destination));
+            let Some(destination) = destination(worker, Reporter::Source, pod, &socket, peer)
+            else {
+                return;
+            };
+            worker.spawn(outbound::serve(
+                own,
+                Arc::clone(pod),
+                socket,
+                peer,
+                destination,
+            ));
         }
         Capture::Inbound(pod) => {
-            let Some(destination) = destination(worker, Reporter::Destination, pod, &socket, peer) else { return };
-            worker.spawn(inbound::serve(own, Arc::clone(pod), socket, peer, destination));
+            let Some(destination) = destination(worker, Reporter::Destination, pod, &socket, peer)
+            else {
+                return;
+            };
+            worker.spawn(inbound::serve(
+                own,
+                Arc::clone(pod),
+                socket,
+                peer,
+                destination,
+            ));
         }
         Capture::Hbone(pod) => {
-            worker.spawn_untracked(tunnel::serve::serve(own, Entrance::Pod(Arc::clone(pod)), socket, peer));
+            worker.spawn_untracked(tunnel::serve::serve(
+                own,
+                Entrance::Pod(Arc::clone(pod)),
+                socket,
+                peer,
+            ));
         }
-        Capture::Tunnel => worker.spawn_untracked(tunnel::serve::serve(own, Entrance::Node, socket, peer)),
+        Capture::Tunnel => {
+            worker.spawn_untracked(tunnel::serve::serve(own, Entrance::Node, socket, peer))
+        }
     }
 }
 
@@ -123,7 +153,8 @@ fn destination(
     if !is_own_listener(destination, local) {
         return Some(destination);
     }
-    Flow::new(reporter, peer, destination, Party::unknown()).fail(&worker.context, ProxyError::ForbiddenTarget);
+    Flow::new(reporter, peer, destination, Party::unknown())
+        .fail(&worker.context, ProxyError::ForbiddenTarget);
     tracing::debug!(pod = %pod.uid, %peer, %destination, "connection to a capture port itself");
     reset_on_close(socket);
     None

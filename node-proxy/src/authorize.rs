@@ -43,13 +43,24 @@ pub fn plaintext(
     destination: (IpAddr, u16),
 ) -> Result<Plaintext, ProxyError> {
     let Some(caller) = caller else {
-        return if strict { Err(ProxyError::PlaintextRefused) } else { Ok(Plaintext::Unmeshed) };
+        return if strict {
+            Err(ProxyError::PlaintextRefused)
+        } else {
+            Ok(Plaintext::Unmeshed)
+        };
     };
     let (address, port) = destination;
     if caller.exclude_outbound_ports.contains(&port)
-        || caller.exclude_outbound_cidrs.iter().any(|net| net.contains(&address))
+        || caller
+            .exclude_outbound_cidrs
+            .iter()
+            .any(|net| net.contains(&address))
     {
-        return if strict { Err(ProxyError::PlaintextRefused) } else { Ok(Plaintext::Excluded) };
+        return if strict {
+            Err(ProxyError::PlaintextRefused)
+        } else {
+            Ok(Plaintext::Excluded)
+        };
     }
     // Only when both are enforced does every node know of both: until then a connection opened in good
     // faith may still be on its way.
@@ -62,7 +73,11 @@ pub fn plaintext(
 
 /// Judges the source address that a tunnel's peer claims for a stream.
 pub fn source(caller: &Workload, peer: &Identity) -> Result<(), ProxyError> {
-    if caller.identity == *peer { Ok(()) } else { Err(ProxyError::SourceMismatch) }
+    if caller.identity == *peer {
+        Ok(())
+    } else {
+        Err(ProxyError::SourceMismatch)
+    }
 }
 
 #[cfg(test)]
@@ -88,7 +103,11 @@ mod tests {
         }
     }
 
-    fn judge(caller: Option<&Workload>, callee: Option<&Workload>, strict: bool) -> Result<Plaintext, ProxyError> {
+    fn judge(
+        caller: Option<&Workload>,
+        callee: Option<&Workload>,
+        strict: bool,
+    ) -> Result<Plaintext, ProxyError> {
         plaintext(caller, callee, strict, ("10.0.0.2".parse().unwrap(), 80))
     }
 
@@ -96,7 +115,10 @@ mod tests {
     fn callers_outside_the_mesh_depend_on_the_mode() {
         let web = workload("web", EnrolmentState::Enforced);
         assert_eq!(judge(None, Some(&web), false), Ok(Plaintext::Unmeshed));
-        assert_eq!(judge(None, Some(&web), true), Err(ProxyError::PlaintextRefused));
+        assert_eq!(
+            judge(None, Some(&web), true),
+            Err(ProxyError::PlaintextRefused)
+        );
     }
 
     #[test]
@@ -111,11 +133,19 @@ mod tests {
         ] {
             let (caller, callee) = (workload("client", caller), workload("web", callee));
             let judged = judge(Some(&caller), Some(&callee), false);
-            let expected = if refused { Err(ProxyError::PlaintextRefused) } else { Ok(Plaintext::Enrolling) };
+            let expected = if refused {
+                Err(ProxyError::PlaintextRefused)
+            } else {
+                Ok(Plaintext::Enrolling)
+            };
             assert_eq!(judged, expected, "{:?} -> {:?}", caller.state, callee.state);
         }
         let caller = workload("client", Enforced);
-        assert_eq!(judge(Some(&caller), None, false), Ok(Plaintext::Enrolling), "callee not published yet");
+        assert_eq!(
+            judge(Some(&caller), None, false),
+            Ok(Plaintext::Enrolling),
+            "callee not published yet"
+        );
     }
 
     #[test]
@@ -123,12 +153,24 @@ mod tests {
         let web = workload("web", EnrolmentState::Enforced);
         let mut client = workload("client", EnrolmentState::Enforced);
         client.exclude_outbound_ports = vec![80];
-        assert_eq!(judge(Some(&client), Some(&web), false), Ok(Plaintext::Excluded));
-        assert_eq!(judge(Some(&client), Some(&web), true), Err(ProxyError::PlaintextRefused));
+        assert_eq!(
+            judge(Some(&client), Some(&web), false),
+            Ok(Plaintext::Excluded)
+        );
+        assert_eq!(
+            judge(Some(&client), Some(&web), true),
+            Err(ProxyError::PlaintextRefused)
+        );
         client.exclude_outbound_ports = vec![81];
-        assert_eq!(judge(Some(&client), Some(&web), false), Err(ProxyError::PlaintextRefused));
+        assert_eq!(
+            judge(Some(&client), Some(&web), false),
+            Err(ProxyError::PlaintextRefused)
+        );
         client.exclude_outbound_cidrs = vec!["10.0.0.0/24".parse().unwrap()];
-        assert_eq!(judge(Some(&client), Some(&web), false), Ok(Plaintext::Excluded));
+        assert_eq!(
+            judge(Some(&client), Some(&web), false),
+            Ok(Plaintext::Excluded)
+        );
     }
 
     #[test]

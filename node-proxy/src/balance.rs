@@ -84,11 +84,20 @@ impl EndpointSet {
     pub fn set(&self, specs: Vec<EndpointSpec>) {
         let before = self.usable.load_full();
         let any_ready = specs.iter().any(|s| s.ready);
-        let known: HashMap<_, _> = before.v4.iter().chain(&before.v6).map(|e| (e.address, e)).collect();
+        let known: HashMap<_, _> = before
+            .v4
+            .iter()
+            .chain(&before.v6)
+            .map(|e| (e.address, e))
+            .collect();
         let mut listed = HashSet::new();
         let mut after = Usable::default();
         for spec in specs {
-            let wanted = if any_ready { spec.ready } else { spec.serving && spec.terminating };
+            let wanted = if any_ready {
+                spec.ready
+            } else {
+                spec.serving && spec.terminating
+            };
             if !wanted {
                 continue;
             }
@@ -96,10 +105,20 @@ impl EndpointSet {
                 continue;
             }
             let endpoint = known.get(&spec.address).map_or_else(
-                || Arc::new(Endpoint { address: spec.address, pending: AtomicUsize::new(0) }),
+                || {
+                    Arc::new(Endpoint {
+                        address: spec.address,
+                        pending: AtomicUsize::new(0),
+                    })
+                },
                 |known| Arc::clone(known),
             );
-            if spec.address.is_ipv6() { &mut after.v6 } else { &mut after.v4 }.push(endpoint);
+            if spec.address.is_ipv6() {
+                &mut after.v6
+            } else {
+                &mut after.v4
+            }
+            .push(endpoint);
         }
         self.usable.store(Arc::new(after));
     }
@@ -111,7 +130,11 @@ impl EndpointSet {
         let endpoint = if tried.is_empty() {
             two_choices(all)?
         } else {
-            let rest: Vec<_> = all.iter().filter(|e| !tried.contains(&e.address)).cloned().collect();
+            let rest: Vec<_> = all
+                .iter()
+                .filter(|e| !tried.contains(&e.address))
+                .cloned()
+                .collect();
             two_choices(&rest)?
         };
         endpoint.pending.fetch_add(1, Ordering::Relaxed);
@@ -141,7 +164,11 @@ fn two_choices(endpoints: &[Arc<Endpoint>]) -> Option<Arc<Endpoint>> {
     // Drawn from the others, so that the two differ.
     let second = (first + rng.random_range(1..count)) % count;
     let (first, second) = (&endpoints[first], &endpoints[second]);
-    Some(Arc::clone(if second.pending() < first.pending() { second } else { first }))
+    Some(Arc::clone(if second.pending() < first.pending() {
+        second
+    } else {
+        first
+    }))
 }
 
 #[cfg(test)]
@@ -177,9 +204,15 @@ mod tests {
         set.set(vec![spec("10.0.0.1:80", true)]);
         let held = set.pick(false, &[]).unwrap();
         set.set(vec![spec("10.0.0.1:80", true), spec("10.0.0.2:80", true)]);
-        assert_eq!(set.pick(false, &[]).unwrap().address(), "10.0.0.2:80".parse().unwrap());
+        assert_eq!(
+            set.pick(false, &[]).unwrap().address(),
+            "10.0.0.2:80".parse().unwrap()
+        );
         set.set(vec![spec("10.0.0.2:80", true)]);
-        assert_eq!(set.pick(false, &[]).unwrap().address(), "10.0.0.2:80".parse().unwrap());
+        assert_eq!(
+            set.pick(false, &[]).unwrap().address(),
+            "10.0.0.2:80".parse().unwrap()
+        );
         drop(held);
     }
 
@@ -189,7 +222,10 @@ mod tests {
         set.set(vec![spec("10.0.0.1:80", true), spec("10.0.0.2:80", true)]);
         let tried = ["10.0.0.1:80".parse().unwrap()];
         for _ in 0..20 {
-            assert_eq!(set.pick(false, &tried).unwrap().address(), "10.0.0.2:80".parse().unwrap());
+            assert_eq!(
+                set.pick(false, &tried).unwrap().address(),
+                "10.0.0.2:80".parse().unwrap()
+            );
         }
         assert!(set.pick(true, &[]).is_none(), "no endpoint of that family");
     }

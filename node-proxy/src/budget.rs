@@ -27,14 +27,21 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 0, streams: 0, buffered_bytes: 64 << 20, sockets: 0 }
+        Self {
+            connections: 0,
+            streams: 0,
+            buffered_bytes: 64 << 20,
+            sockets: 0,
+        }
     }
 }
 
 impl Limits {
     /// Replaces "0" by what it stands for under the process's descriptor limit.
     pub fn resolved(&self, descriptor_limit: u64) -> Self {
-        let automatic = usize::try_from(descriptor_limit / 5 * 4).unwrap_or(usize::MAX).max(16);
+        let automatic = usize::try_from(descriptor_limit / 5 * 4)
+            .unwrap_or(usize::MAX)
+            .max(16);
         let or_automatic = |value: usize| if value == 0 { automatic } else { value };
         let connections = or_automatic(self.connections);
         let or_connections = |value: usize| if value == 0 { connections } else { value };
@@ -62,7 +69,12 @@ pub enum Resource {
 
 impl Resource {
     /// Every resource, in the order of the account's counters.
-    pub const ALL: [Resource; 4] = [Self::Connection, Self::Stream, Self::BufferedBytes, Self::Socket];
+    pub const ALL: [Resource; 4] = [
+        Self::Connection,
+        Self::Stream,
+        Self::BufferedBytes,
+        Self::Socket,
+    ];
 
     /// Value of the metric label `resource`.
     pub const fn name(self) -> &'static str {
@@ -88,7 +100,12 @@ pub struct Account {
 impl Account {
     /// An account with nothing charged. `limits` must be resolved.
     pub fn new(namespace: Arc<str>, pod: Arc<str>, limits: &Limits) -> Arc<Self> {
-        let Limits { connections, streams, buffered_bytes, sockets } = *limits;
+        let Limits {
+            connections,
+            streams,
+            buffered_bytes,
+            sockets,
+        } = *limits;
         Arc::new(Self {
             namespace,
             pod,
@@ -132,7 +149,11 @@ impl Account {
 
     /// A guard with nothing charged yet.
     pub fn open_charge(self: &Arc<Self>, resource: Resource) -> Charge {
-        Charge { account: Arc::clone(self), resource, amount: 0 }
+        Charge {
+            account: Arc::clone(self),
+            resource,
+            amount: 0,
+        }
     }
 }
 
@@ -187,11 +208,25 @@ mod tests {
 
     #[test]
     fn over_the_limit_is_refused_and_counted_and_the_rest_given_back() {
-        let account = account(Limits { connections: 2, streams: 1, buffered_bytes: 10, sockets: 1 });
+        let account = account(Limits {
+            connections: 2,
+            streams: 1,
+            buffered_bytes: 10,
+            sockets: 1,
+        });
         let first = account.charge(Resource::Connection).unwrap();
         let second = account.charge(Resource::Connection).unwrap();
-        assert_eq!(account.charge(Resource::Connection).unwrap_err(), ProxyError::WorkloadLimit);
-        assert_eq!((account.used(Resource::Connection), account.refused(Resource::Connection)), (2, 1));
+        assert_eq!(
+            account.charge(Resource::Connection).unwrap_err(),
+            ProxyError::WorkloadLimit
+        );
+        assert_eq!(
+            (
+                account.used(Resource::Connection),
+                account.refused(Resource::Connection)
+            ),
+            (2, 1)
+        );
         drop(first);
         assert!(account.charge(Resource::Connection).is_ok());
         drop(second);
@@ -201,12 +236,18 @@ mod tests {
 
     #[test]
     fn buffered_bytes_grow_and_shrink() {
-        let account = account(Limits { buffered_bytes: 10, ..Limits::default() });
+        let account = account(Limits {
+            buffered_bytes: 10,
+            ..Limits::default()
+        });
         let mut held = account.open_charge(Resource::BufferedBytes);
         held.add(8).unwrap();
         assert!(held.add(3).is_err());
         held.release(100);
-        assert_eq!((held.amount(), account.used(Resource::BufferedBytes)), (0, 0));
+        assert_eq!(
+            (held.amount(), account.used(Resource::BufferedBytes)),
+            (0, 0)
+        );
         held.add(10).unwrap();
         drop(held);
         assert_eq!(account.used(Resource::BufferedBytes), 0);
@@ -215,8 +256,15 @@ mod tests {
     #[test]
     fn automatic_limits_leave_room() {
         let limits = Limits::default().resolved(20_000);
-        assert_eq!((limits.connections, limits.streams, limits.sockets), (16_000, 16_000, 16_000));
-        let limits = Limits { connections: 5, ..Limits::default() }.resolved(20_000);
+        assert_eq!(
+            (limits.connections, limits.streams, limits.sockets),
+            (16_000, 16_000, 16_000)
+        );
+        let limits = Limits {
+            connections: 5,
+            ..Limits::default()
+        }
+        .resolved(20_000);
         assert_eq!((limits.connections, limits.streams), (5, 5));
     }
 }

@@ -51,7 +51,10 @@ impl Connections {
     /// Lists a connection.
     pub fn list(self: &Arc<Self>, connection: Connection) -> Listed {
         let key = self.live.lock().insert(connection);
-        Listed { connections: Arc::clone(self), key }
+        Listed {
+            connections: Arc::clone(self),
+            key,
+        }
     }
 
     /// How many are live.
@@ -69,13 +72,24 @@ impl Connections {
         let now = Instant::now();
         let live: Vec<Connection> = self.live.lock().iter().map(|(_, c)| c.clone()).collect();
         live.into_iter()
-            .map(|Connection { direction, pod, source, destination, since }| Row {
-                direction,
-                pod: pod.to_string(),
-                source,
-                destination,
-                age_ms: now.checked_duration_since(since).unwrap_or(Duration::ZERO).as_millis(),
-            })
+            .map(
+                |Connection {
+                     direction,
+                     pod,
+                     source,
+                     destination,
+                     since,
+                 }| Row {
+                    direction,
+                    pod: pod.to_string(),
+                    source,
+                    destination,
+                    age_ms: now
+                        .checked_duration_since(since)
+                        .unwrap_or(Duration::ZERO)
+                        .as_millis(),
+                },
+            )
             .collect()
     }
 }

@@ -28,7 +28,7 @@ pub struct Delivered {
     stream: Option<TcpStream>,
     pod: Arc<Pod>,
     v6: bool,
-    _charge: Charge,
+    charge: Charge,
 }
 
 /// Connects to `to`, one of `pod`'s own addresses, so that the app sees `from` as its peer.
@@ -44,14 +44,27 @@ pub async fn to_outside(pod: &Arc<Pod>, to: SocketAddr) -> Result<Delivered, Pro
     open(pod, None, to).await
 }
 
-async fn open(pod: &Arc<Pod>, from: Option<IpAddr>, to: SocketAddr) -> Result<Delivered, ProxyError> {
+async fn open(
+    pod: &Arc<Pod>,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+) -> Result<Delivered, ProxyError> {
     let charge = pod.account.charge(Resource::Socket)?;
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let v6 = to.is_ipv6();
-    let socket = pod.stock.take(v6, deadline).await.ok_or(ProxyError::NoSocket)?;
+    let socket = pod
+        .stock
+        .take(v6, deadline)
+        .await
+        .ok_or(ProxyError::NoSocket)?;
     let connecting = connect(socket, from, to);
     match timeout_at(deadline, connecting).await {
-        Ok(Ok(stream)) => Ok(Delivered { stream: Some(stream), pod: Arc::clone(pod), v6, _charge: charge }),
+        Ok(Ok(stream)) => Ok(Delivered {
+            stream: Some(stream),
+            pod: Arc::clone(pod),
+            v6,
+            charge,
+        }),
         Ok(Err(error)) => Err(match error.kind() {
             io::ErrorKind::ConnectionRefused => ProxyError::ConnectRefused,
             io::ErrorKind::TimedOut => ProxyError::ConnectTimeout,
@@ -78,7 +91,18 @@ impl Delivered {
     /// The connection.
     pub fn stream(&self) -> &TcpStream {
         // Taken only by `recycle`, which consumes.
-        self.stream.as_ref().expect("a delivered connection has its stream until it is recycled")
+        self.stream
+            .as_ref()
+            .expect("a delivered connection has its stream until it is recycled")
+    }
+
+    /// The connection alone, and what it is charged as; its socket is not used again.
+    pub fn into_stream(mut self) -> (TcpStream, Charge) {
+        let stream = self
+            .stream
+            .take()
+            .expect("a delivered connection has its stream until it is recycled");
+        (stream, self.charge)
     }
 
     /// Gives the socket back for another connection. Only for one that has ended on both sides.

@@ -34,7 +34,12 @@ pub struct Flow {
 
 impl Flow {
     /// A connection that has just been accepted; the callee is not known yet.
-    pub fn new(reporter: Reporter, source_address: SocketAddr, destination_address: SocketAddr, source: Party) -> Self {
+    pub fn new(
+        reporter: Reporter,
+        source_address: SocketAddr,
+        destination_address: SocketAddr,
+        source: Party,
+    ) -> Self {
         Self {
             source_address,
             destination_address,
@@ -89,7 +94,13 @@ impl Flow {
         }
     }
 
-    fn log(&self, context: &Context, bytes_sent: u64, bytes_received: u64, error: Option<ProxyError>) {
+    fn log(
+        &self,
+        context: &Context,
+        bytes_sent: u64,
+        bytes_received: u64,
+        error: Option<ProxyError>,
+    ) {
         context.access_log.write(&Record {
             direction: self.direction(),
             source_address: self.source_address,
@@ -107,7 +118,9 @@ impl Flow {
 
 /// At most one warning a second for each reason: a pod in trouble must not fill the node's disk. The
 /// metric counts all.
-static WARNINGS: Warnings = Warnings { last: Mutex::new([None; ProxyError::ALL.len()]) };
+static WARNINGS: Warnings = Warnings {
+    last: Mutex::new([None; ProxyError::ALL.len()]),
+};
 
 struct Warnings {
     last: Mutex<[Option<(Instant, u64)>; ProxyError::ALL.len()]>,

@@ -20,7 +20,13 @@ use crate::telemetry::{Party, ReasonLabels, Reporter};
 use crate::worker::Worker;
 
 /// Serves one captured connection until it ends.
-pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: TcpStream, peer: SocketAddr, destination: SocketAddr) {
+pub async fn serve(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    mut socket: TcpStream,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) {
     let context = &worker.context;
     let caller = context.table.workload(peer.ip());
     let source = caller.as_ref().map_or_else(Party::unknown, |w| Party {
@@ -43,7 +49,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: TcpStream, peer: 
     let _listed = worker.list("inbound", &pod, peer, destination);
     let from_node = context.host.addresses.load().contains(&peer.ip());
     if from_node && info.strict {
-        return match probe::serve(&pod, &info, &socket, peer, destination).await {
+        return match probe::serve(&pod, &info, &mut socket, peer, destination).await {
             Ok(()) => {}
             Err(error) => refuse(&flow, socket, error),
         };
@@ -54,7 +60,13 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: TcpStream, peer: 
         Err(error) => return refuse(&flow, socket, error),
         Ok(Plaintext::Unmeshed) => {}
         Ok(reason @ (Plaintext::Enrolling | Plaintext::Excluded)) => {
-            context.telemetry.plaintext_allowed.get_or_create(&ReasonLabels { reason: reason.name() }).inc();
+            context
+                .telemetry
+                .plaintext_allowed
+                .get_or_create(&ReasonLabels {
+                    reason: reason.name(),
+                })
+                .inc();
         }
     }
     let delivered = match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
@@ -66,10 +78,21 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: TcpStream, peer: 
         pod.account.open_charge(Resource::BufferedBytes),
     ];
     let open = flow.open(context);
-    let result = tcp::relay(&socket, delivered.stream(), &open.sent, &open.received, buffered).await;
+    let result = tcp::relay(
+        &socket,
+        delivered.stream(),
+        &open.sent,
+        &open.received,
+        buffered,
+    )
+    .await;
     if result.is_ok() {
         delivered.recycle();
     }
-    flow.ended(context, &open, result.as_ref().err().and_then(crate::outbound::reason));
+    flow.ended(
+        context,
+        &open,
+        result.as_ref().err().and_then(crate::outbound::reason),
+    );
     drop(charge);
 }

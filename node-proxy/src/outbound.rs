@@ -35,7 +35,10 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// An open way to the callee.
 enum Route {
     Tunnel(Box<Stream>),
-    Socket { delivered: Delivered, inbound: Option<(Flow, CapturedGuard)> },
+    Socket {
+        delivered: Delivered,
+        inbound: Option<(Flow, CapturedGuard)>,
+    },
 }
 
 struct Stream {
@@ -45,10 +48,21 @@ struct Stream {
 }
 
 /// Serves one captured connection until it ends.
-pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: TcpStream, peer: SocketAddr, destination: SocketAddr) {
+pub async fn serve(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) {
     let context = &worker.context;
     let owner = Arc::clone(&pod.info.load().owner);
-    let mut flow = Flow::new(Reporter::Source, peer, destination, Party::meshed(&owner, &pod.identity));
+    let mut flow = Flow::new(
+        Reporter::Source,
+        peer,
+        destination,
+        Party::meshed(&owner, &pod.identity),
+    );
     let charge = match pod.account.charge(Resource::Connection) {
         Ok(charge) => charge,
         Err(error) => return refuse(context, &flow, socket, error),
@@ -90,7 +104,13 @@ async fn establish(
         // Of a port the Service does not declare nobody knows more than the node's own rules.
         ServiceLookup::NoSuchPort(_) => {
             let delivered = deliver::to_outside(pod, destination).await?;
-            Ok((Route::Socket { delivered, inbound: None }, None))
+            Ok((
+                Route::Socket {
+                    delivered,
+                    inbound: None,
+                },
+                None,
+            ))
         }
         ServiceLookup::NotAService | ServiceLookup::Unknown => {
             Ok((to_address(worker, pod, flow, destination).await?, None))
@@ -110,7 +130,9 @@ async fn to_service(
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut failure = ProxyError::NoEndpoint;
     while tried.len() < ATTEMPTS {
-        let Some(pending) = port.endpoints.pick(v6, &tried) else { break };
+        let Some(pending) = port.endpoints.pick(v6, &tried) else {
+            break;
+        };
         let address = pending.address();
         match to_address(worker, pod, flow, address).await {
             Ok(route) => return Ok((route, Some(pending))),
@@ -134,10 +156,16 @@ async fn to_address(
     let context = &worker.context;
     match resolve::path(&context.table, &context.pods, &context.node, to)? {
         Path::Direct => {
-            flow.destination = context.table.workload(to.ip()).map_or_else(Party::unknown, |w| party(&w));
+            flow.destination = context
+                .table
+                .workload(to.ip())
+                .map_or_else(Party::unknown, |w| party(&w));
             flow.security = Security::Plaintext;
             let delivered = deliver::to_outside(pod, to).await?;
-            Ok(Route::Socket { delivered, inbound: None })
+            Ok(Route::Socket {
+                delivered,
+                inbound: None,
+            })
         }
         Path::Local(workload, callee) => {
             flow.destination = party(&workload);
@@ -148,13 +176,27 @@ async fn to_address(
             flow.destination = party(&workload);
             flow.security = Security::MutualTls;
             let key = key(pod, &workload, address, tls::Kind::Warren);
-            through_tunnel(worker, key, Dialer::Node(Arc::clone(&context.host)), flow.source_address.ip(), to).await
+            through_tunnel(
+                worker,
+                key,
+                Dialer::Node(Arc::clone(&context.host)),
+                flow.source_address.ip(),
+                to,
+            )
+            .await
         }
         Path::Hbone(workload, address) => {
             flow.destination = party(&workload);
             flow.security = Security::MutualTls;
             let key = key(pod, &workload, address, tls::Kind::Hbone);
-            through_tunnel(worker, key, Dialer::Pod(Arc::clone(pod)), flow.source_address.ip(), to).await
+            through_tunnel(
+                worker,
+                key,
+                Dialer::Pod(Arc::clone(pod)),
+                flow.source_address.ip(),
+                to,
+            )
+            .await
         }
     }
 }
@@ -174,14 +216,27 @@ fn key(pod: &Arc<Pod>, callee: &Workload, address: SocketAddr, kind: tls::Kind) 
 }
 
 /// Both halves in this process: no tunnel, and the callee's checks, budget and telemetry as on the wire.
-async fn to_local(context: &Context, flow: &Flow, callee: &Arc<Pod>, to: SocketAddr) -> Result<Route, ProxyError> {
-    let mut inbound = Flow::new(Reporter::Destination, flow.source_address, to, flow.source.clone());
+async fn to_local(
+    context: &Context,
+    flow: &Flow,
+    callee: &Arc<Pod>,
+    to: SocketAddr,
+) -> Result<Route, ProxyError> {
+    let mut inbound = Flow::new(
+        Reporter::Destination,
+        flow.source_address,
+        to,
+        flow.source.clone(),
+    );
     inbound.destination = flow.destination.clone();
     inbound.service = flow.service.clone();
     inbound.security = Security::MutualTls;
     let captured = callee.captured.enter();
     match deliver::to_app(callee, flow.source_address.ip(), to).await {
-        Ok(delivered) => Ok(Route::Socket { delivered, inbound: Some((inbound, captured)) }),
+        Ok(delivered) => Ok(Route::Socket {
+            delivered,
+            inbound: Some((inbound, captured)),
+        }),
         Err(error) => {
             inbound.fail(context, error);
             Err(error)
@@ -197,22 +252,46 @@ async fn through_tunnel(
     to: SocketAddr,
 ) -> Result<Route, ProxyError> {
     let mut slot = worker.pool.slot(&key, &dialer).await?;
-    let authority = Uri::builder().authority(to.to_string()).build().map_err(|_| ProxyError::Internal)?;
-    let forwarded = HeaderValue::try_from(tunnel::forwarded(source)).map_err(|_| ProxyError::Internal)?;
+    let authority = Uri::builder()
+        .authority(to.to_string())
+        .build()
+        .map_err(|_| ProxyError::Internal)?;
+    let forwarded =
+        HeaderValue::try_from(tunnel::forwarded(source)).map_err(|_| ProxyError::Internal)?;
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
     *request.uri_mut() = authority;
-    request.headers_mut().insert(http::header::FORWARDED, forwarded);
-    let (response, send) = slot.send.send_request(request, false).map_err(|_| ProxyError::TunnelReset)?;
+    request
+        .headers_mut()
+        .insert(http::header::FORWARDED, forwarded);
+    let (response, send) = slot
+        .send
+        .send_request(request, false)
+        .map_err(|_| ProxyError::TunnelReset)?;
     let response = response.await.map_err(|_| ProxyError::TunnelReset)?;
     if response.status() != StatusCode::OK {
-        let named = response.headers().get(PROXY_ERROR_HEADER).and_then(|v| v.to_str().ok());
-        return Err(named.and_then(ProxyError::from_name).unwrap_or(ProxyError::PeerRefused));
+        let named = response
+            .headers()
+            .get(PROXY_ERROR_HEADER)
+            .and_then(|v| v.to_str().ok());
+        return Err(named
+            .and_then(ProxyError::from_name)
+            .unwrap_or(ProxyError::PeerRefused));
     }
-    Ok(Route::Tunnel(Box::new(Stream { send, receive: response.into_body(), _slot: slot })))
+    Ok(Route::Tunnel(Box::new(Stream {
+        send,
+        receive: response.into_body(),
+        _slot: slot,
+    })))
 }
 
-async fn relay(context: &Arc<Context>, pod: &Arc<Pod>, flow: Flow, socket: TcpStream, route: Route) {
+async fn relay(
+    context: &Arc<Context>,
+    pod: &Arc<Pod>,
+    flow: Flow,
+    socket: TcpStream,
+    route: Route,
+) {
     let buffered = [
         pod.account.open_charge(Resource::BufferedBytes),
         pod.account.open_charge(Resource::BufferedBytes),
@@ -220,15 +299,30 @@ async fn relay(context: &Arc<Context>, pod: &Arc<Pod>, flow: Flow, socket: TcpSt
     let open = flow.open(context);
     let result = match route {
         Route::Tunnel(mut stream) => {
-            let Stream { send, receive, _slot } = &mut *stream;
+            let Stream {
+                send,
+                receive,
+                _slot,
+            } = &mut *stream;
             tunnel::relay::relay(&socket, send, receive, &open.sent, &open.received, buffered).await
         }
         Route::Socket { delivered, inbound } => {
             let other = inbound.as_ref().map(|(flow, _)| flow.open(context));
-            let result = tcp::relay(&socket, delivered.stream(), &open.sent, &open.received, buffered).await;
+            let result = tcp::relay(
+                &socket,
+                delivered.stream(),
+                &open.sent,
+                &open.received,
+                buffered,
+            )
+            .await;
             if let (Some((flow, _captured)), Some(other)) = (&inbound, &other) {
-                other.sent.add(usize::try_from(open.sent.get()).unwrap_or(usize::MAX));
-                other.received.add(usize::try_from(open.received.get()).unwrap_or(usize::MAX));
+                other
+                    .sent
+                    .add(usize::try_from(open.sent.get()).unwrap_or(usize::MAX));
+                other
+                    .received
+                    .add(usize::try_from(open.received.get()).unwrap_or(usize::MAX));
                 flow.ended(context, other, result.as_ref().err().and_then(reason));
             }
             if result.is_ok() {

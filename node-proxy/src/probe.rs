@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_api::errors::ProxyError;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -14,21 +15,29 @@ use crate::deliver;
 use crate::pods::{Pod, PodInfo, ProbeKind};
 use crate::tcp::{self, finish_writing, with_scratch, write_some};
 
+mod grpc;
+
 /// A probe that takes longer has failed at the kubelet long before.
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_HEAD: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
+/// First bytes of an HTTP/2 client up to the first empty line (RFC 9113, section 3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
 
 /// Serves a connection from one of the node's addresses.
 pub async fn serve(
     pod: &Arc<Pod>,
     info: &PodInfo,
-    socket: &TcpStream,
+    socket: &mut TcpStream,
     peer: SocketAddr,
     destination: SocketAddr,
 ) -> Result<(), ProxyError> {
-    let declared: Vec<&ProbeKind> =
-        info.probes.iter().filter(|p| p.port == destination.port()).map(|p| &p.kind).collect();
+    let declared: Vec<&ProbeKind> = info
+        .probes
+        .iter()
+        .filter(|p| p.port == destination.port())
+        .map(|p| &p.kind)
+        .collect();
     if declared.is_empty() {
         return Err(ProxyError::PlaintextRefused);
     }
@@ -41,19 +50,46 @@ pub async fn serve(
 async fn probe(
     pod: &Arc<Pod>,
     declared: &[&ProbeKind],
-    socket: &TcpStream,
+    socket: &mut TcpStream,
     peer: SocketAddr,
     destination: SocketAddr,
 ) -> Result<(), ProxyError> {
     let app = deliver::to_app(pod, peer.ip(), destination).await?;
-    let head = read_head(socket).await.map_err(|_| ProxyError::PlaintextRefused)?;
+    let head = read_head(socket)
+        .await
+        .map_err(|_| ProxyError::PlaintextRefused)?;
     if head.is_empty() {
         // A TCP probe connects and sends nothing.
-        let tcp = declared.iter().any(|kind| matches!(kind, ProbeKind::TcpSocket));
-        return if tcp { Ok(()) } else { Err(ProxyError::PlaintextRefused) };
+        let tcp = declared
+            .iter()
+            .any(|kind| matches!(kind, ProbeKind::TcpSocket));
+        return if tcp {
+            Ok(())
+        } else {
+            Err(ProxyError::PlaintextRefused)
+        };
+    }
+    if let Some(rest) = head.strip_prefix(HTTP2_PREFACE) {
+        let services: Vec<&str> = declared
+            .iter()
+            .filter_map(|kind| match kind {
+                ProbeKind::Grpc(service) => Some(service.as_str()),
+                ProbeKind::HttpGet(_) | ProbeKind::TcpSocket => None,
+            })
+            .collect();
+        if services.is_empty() {
+            return Err(ProxyError::PlaintextRefused);
+        }
+        let (read, write) = socket.split();
+        // The preface has been read already; HTTP/2 wants to see it.
+        let read = AsyncReadExt::chain(HTTP2_PREFACE, AsyncReadExt::chain(rest, read));
+        let (app, _charge) = app.into_stream();
+        return grpc::serve(tokio::io::join(read, write), app, &services).await;
     }
     let path = request_path(&head).ok_or(ProxyError::PlaintextRefused)?;
-    let http = declared.iter().any(|kind| matches!(kind, ProbeKind::HttpGet(declared) if *declared == path));
+    let http = declared
+        .iter()
+        .any(|kind| matches!(kind, ProbeKind::HttpGet(declared) if *declared == path));
     if !http {
         return Err(ProxyError::PlaintextRefused);
     }
@@ -132,13 +168,16 @@ async fn read_head(socket: &TcpStream) -> io::Result<Vec<u8>> {
 fn request_path(head: &[u8]) -> Option<String> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
-    let httparse::Status::Complete(length) = request.parse(head).ok()? else { return None };
+    let httparse::Status::Complete(length) = request.parse(head).ok()? else {
+        return None;
+    };
     let bodiless = request.headers.iter().all(|h| {
         !h.name.eq_ignore_ascii_case("transfer-encoding")
             && !h.name.eq_ignore_ascii_case("upgrade")
             && !(h.name.eq_ignore_ascii_case("content-length") && h.value != b"0")
     });
-    (length == head.len() && bodiless && request.method == Some("GET")).then(|| request.path.unwrap_or_default().into())
+    (length == head.len() && bodiless && request.method == Some("GET"))
+        .then(|| request.path.unwrap_or_default().into())
 }
 
 #[cfg(test)]
@@ -148,7 +187,10 @@ mod tests {
     #[test]
     fn only_a_bare_get_is_a_probe() {
         let path = |head: &str| request_path(head.as_bytes());
-        assert_eq!(path("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_deref(), Some("/healthz"));
+        assert_eq!(
+            path("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_deref(),
+            Some("/healthz")
+        );
         for head in [
             "POST /healthz HTTP/1.1\r\n\r\n",
             "GET /healthz HTTP/1.1\r\nContent-Length: 3\r\n\r\n",

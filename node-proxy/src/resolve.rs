@@ -58,15 +58,23 @@ pub fn path(table: &Table, pods: &Pods, node: &str, to: SocketAddr) -> Result<Pa
             Ok(Path::Local(workload, pod))
         }
         (_, TunnelKind::Warren | TunnelKind::Unspecified) => {
-            let address = node_address(&workload.node_addresses, to.ip()).ok_or(ProxyError::TunnelConnect)?;
-            Ok(Path::Tunnel(workload, SocketAddr::new(address, TUNNEL_PORT)))
+            let address =
+                node_address(&workload.node_addresses, to.ip()).ok_or(ProxyError::TunnelConnect)?;
+            Ok(Path::Tunnel(
+                workload,
+                SocketAddr::new(address, TUNNEL_PORT),
+            ))
         }
     }
 }
 
 /// A node's address of the family of the traffic, or its only one.
 fn node_address(addresses: &[IpAddr], to: IpAddr) -> Option<IpAddr> {
-    addresses.iter().find(|a| a.is_ipv4() == to.is_ipv4()).or(addresses.first()).copied()
+    addresses
+        .iter()
+        .find(|a| a.is_ipv4() == to.is_ipv4())
+        .or(addresses.first())
+        .copied()
 }
 
 #[cfg(test)]
@@ -85,8 +93,14 @@ mod tests {
     fn tunnels_go_over_the_traffics_own_family_if_the_node_has_it() {
         let v4: IpAddr = "192.168.0.2".parse().unwrap();
         let v6: IpAddr = "fd00::2".parse().unwrap();
-        assert_eq!(node_address(&[v4, v6], "fd01::1".parse().unwrap()), Some(v6));
-        assert_eq!(node_address(&[v4, v6], "10.0.0.1".parse().unwrap()), Some(v4));
+        assert_eq!(
+            node_address(&[v4, v6], "fd01::1".parse().unwrap()),
+            Some(v6)
+        );
+        assert_eq!(
+            node_address(&[v4, v6], "10.0.0.1".parse().unwrap()),
+            Some(v4)
+        );
         assert_eq!(node_address(&[v4], "fd01::1".parse().unwrap()), Some(v4));
         assert_eq!(node_address(&[], v4), None);
     }

@@ -44,8 +44,10 @@ impl From<io::Error> for Broken {
 /// Sets what every socket to an app has: no Nagle delay, keepalive. Sockets accepted from a listener
 /// inherit both from it.
 pub fn set_options(socket: SockRef<'_>) -> io::Result<()> {
-    let keepalive =
-        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
     socket.set_tcp_keepalive(&keepalive)?;
     socket.set_tcp_nodelay(true)
 }
@@ -87,7 +89,12 @@ pub async fn relay(
     result.map(|_| ())
 }
 
-async fn pump(from: &TcpStream, to: &TcpStream, count: &Meter, buffered: &mut Charge) -> Result<(), Broken> {
+async fn pump(
+    from: &TcpStream,
+    to: &TcpStream,
+    count: &Meter,
+    buffered: &mut Charge,
+) -> Result<(), Broken> {
     loop {
         from.readable().await?;
         let step: io::Result<_> = with_scratch(|scratch| {

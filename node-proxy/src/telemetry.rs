@@ -174,7 +174,7 @@ pub struct ReasonLabels {
 }
 
 /// Bytes of one direction of one connection, counted into its series as well.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Meter {
     series: Counter,
     own: AtomicU64,

@@ -40,16 +40,30 @@ pub fn forwarded(source: IpAddr) -> String {
 
 /// The caller named by the first `for=` of a `forwarded` header. `Ok(None)`: there is no such header.
 pub fn claimed_source(headers: &HeaderMap) -> Result<Option<IpAddr>, ()> {
-    let Some(value) = headers.get(http::header::FORWARDED) else { return Ok(None) };
-    let first = value.to_str().map_err(|_| ())?.split(',').next().unwrap_or_default();
+    let Some(value) = headers.get(http::header::FORWARDED) else {
+        return Ok(None);
+    };
+    let first = value
+        .to_str()
+        .map_err(|_| ())?
+        .split(',')
+        .next()
+        .unwrap_or_default();
     for pair in first.split(';') {
-        let Some((name, value)) = pair.trim().split_once('=') else { continue };
+        let Some((name, value)) = pair.trim().split_once('=') else {
+            continue;
+        };
         if !name.eq_ignore_ascii_case("for") {
             continue;
         }
         let node = value.trim_matches('"');
-        let bare = node.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(node);
-        let address = bare.parse::<IpAddr>().or_else(|_| node.parse::<SocketAddr>().map(|a| a.ip()));
+        let bare = node
+            .strip_prefix('[')
+            .and_then(|n| n.strip_suffix(']'))
+            .unwrap_or(node);
+        let address = bare
+            .parse::<IpAddr>()
+            .or_else(|_| node.parse::<SocketAddr>().map(|a| a.ip()));
         return address.map(|a| Some(a.to_canonical())).map_err(|_| ());
     }
     Ok(None)
@@ -74,8 +88,14 @@ mod tests {
             let address: IpAddr = address.parse().unwrap();
             assert_eq!(claim(&forwarded(address)), Ok(Some(address)));
         }
-        assert_eq!(claim("for=\"10.0.0.1:4711\";host=web.demo"), Ok(Some("10.0.0.1".parse().unwrap())));
-        assert_eq!(claim("proto=http; For=\"[fd00::1]:80\", for=10.0.0.9"), Ok(Some("fd00::1".parse().unwrap())));
+        assert_eq!(
+            claim("for=\"10.0.0.1:4711\";host=web.demo"),
+            Ok(Some("10.0.0.1".parse().unwrap()))
+        );
+        assert_eq!(
+            claim("proto=http; For=\"[fd00::1]:80\", for=10.0.0.9"),
+            Ok(Some("fd00::1".parse().unwrap()))
+        );
         assert_eq!(claim("by=10.0.0.1"), Ok(None));
         assert_eq!(claim("for=unknown"), Err(()));
         assert_eq!(claim("for=_hidden"), Err(()));

@@ -9,25 +9,44 @@ use crate::budget::{Account, Limits, Resource};
 /// A connected pair: (the app's end, the proxy's end).
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let app = TcpStream::connect(listener.local_addr().unwrap())
+        .await
+        .unwrap();
     (app, listener.accept().await.unwrap().0)
 }
 
 fn account(buffered_bytes: usize) -> Arc<Account> {
-    Account::new("demo".into(), "web".into(), &Limits { buffered_bytes, ..Limits::default() })
+    Account::new(
+        "demo".into(),
+        "web".into(),
+        &Limits {
+            buffered_bytes,
+            ..Limits::default()
+        },
+    )
 }
 
 fn charges(account: &Arc<Account>) -> [Charge; 2] {
-    [account.open_charge(Resource::BufferedBytes), account.open_charge(Resource::BufferedBytes)]
+    [
+        account.open_charge(Resource::BufferedBytes),
+        account.open_charge(Resource::BufferedBytes),
+    ]
 }
 
 #[tokio::test]
 async fn half_close_lets_the_answer_through() {
     let (mut client, a) = pair().await;
     let (mut server, b) = pair().await;
-    let (sent, received) = (Meter::new(Default::default()), Meter::new(Default::default()));
+    let (sent, received) = (
+        Meter::new(Default::default()),
+        Meter::new(Default::default()),
+    );
     let account = account(1 << 20);
-    let relaying = async { relay(&a, &b, &sent, &received, charges(&account)).await.unwrap() };
+    let relaying = async {
+        relay(&a, &b, &sent, &received, charges(&account))
+            .await
+            .unwrap()
+    };
     let talking = async {
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -51,7 +70,14 @@ async fn a_reset_is_passed_on_as_a_reset() {
     let account = account(1 << 20);
     reset_on_close(&client);
     drop(client);
-    let broken = relay(&a, &b, &Meter::default(), &Meter::default(), charges(&account)).await;
+    let broken = relay(
+        &a,
+        &b,
+        &Meter::default(),
+        &Meter::default(),
+        charges(&account),
+    )
+    .await;
     assert!(matches!(broken, Err(Broken::Io(_))));
     drop((a, b));
     let error = server.read(&mut [0; 8]).await.unwrap_err();
@@ -63,7 +89,10 @@ async fn a_receiver_that_does_not_read_stops_the_sender_and_is_charged() {
     let (mut client, a) = pair().await;
     let (mut server, b) = pair().await;
     let account = account(1 << 20);
-    let (sent, received) = (Meter::new(Default::default()), Meter::new(Default::default()));
+    let (sent, received) = (
+        Meter::new(Default::default()),
+        Meter::new(Default::default()),
+    );
     let mut relaying = Box::pin(relay(&a, &b, &sent, &received, charges(&account)));
     // Bounded by the kernel's buffers: the write must stall long before 256 MiB.
     let block = vec![7u8; 1 << 20];

@@ -52,14 +52,24 @@ pub async fn dial(
     let tcp = timeout_at(deadline, connect(stock, address, deadline))
         .await
         .map_err(late(ProxyError::TunnelConnect, "connect_timeout"))?
-        .map_err(|error| Refusal { error, result: "connect" })?;
+        .map_err(|error| Refusal {
+            error,
+            result: "connect",
+        })?;
     timeout_at(deadline, handshake(tcp, config, callee, trust))
         .await
         .map_err(late(ProxyError::TunnelHandshake, "handshake_timeout"))?
 }
 
-async fn connect(stock: &Stock, address: SocketAddr, deadline: Instant) -> Result<TcpStream, ProxyError> {
-    let socket = stock.take(address.is_ipv6(), deadline).await.ok_or(ProxyError::NoSocket)?;
+async fn connect(
+    stock: &Stock,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<TcpStream, ProxyError> {
+    let socket = stock
+        .take(address.is_ipv6(), deadline)
+        .await
+        .ok_or(ProxyError::NoSocket)?;
     set_options(socket2::SockRef::from(&socket)).map_err(|_| ProxyError::Internal)?;
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
     connecting.await.map_err(|_| ProxyError::TunnelConnect)
@@ -71,13 +81,22 @@ async fn handshake(
     callee: &Identity,
     trust: &Trust,
 ) -> Result<Dialed, Refusal> {
-    let internal = Refusal { error: ProxyError::Internal, result: "internal" };
+    let internal = Refusal {
+        error: ProxyError::Internal,
+        result: "internal",
+    };
     let name = ServerName::try_from(callee.server_name()).map_err(|_| internal)?;
     let alpn = config.alpn_protocols.first().cloned();
-    let tls = TlsConnector::from(config).connect(name, tcp).await.map_err(|e| refusal(&e))?;
+    let tls = TlsConnector::from(config)
+        .connect(name, tcp)
+        .await
+        .map_err(|e| refusal(&e))?;
     let state = tls.get_ref().1;
     if state.alpn_protocol() != alpn.as_deref() {
-        return Err(Refusal { error: ProxyError::TunnelHandshake, result: "protocol" });
+        return Err(Refusal {
+            error: ProxyError::TunnelHandshake,
+            result: "protocol",
+        });
     }
     let peer = peer(state, PeerRole::Server, trust).map_err(|e| tls_refusal(&e))?;
     let (send, mut connection) = h2::client::Builder::new()
@@ -100,10 +119,18 @@ async fn handshake(
             return Err(ended.err().map_or(Refusal { error: ProxyError::TunnelReset, result: "closed" }, http2_refusal));
         }
     }
-    Ok(Dialed { send, connection, ping, peer })
+    Ok(Dialed {
+        send,
+        connection,
+        ping,
+        peer,
+    })
 }
 
 fn http2_refusal(error: h2::Error) -> Refusal {
-    let closed = Refusal { error: ProxyError::TunnelHandshake, result: "http2" };
+    let closed = Refusal {
+        error: ProxyError::TunnelHandshake,
+        result: "http2",
+    };
     error.into_io().map_or(closed, |e: io::Error| refusal(&e))
 }

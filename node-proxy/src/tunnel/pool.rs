@@ -132,7 +132,11 @@ enum Step {
 impl Pool {
     /// An empty pool.
     pub fn new(identities: Arc<Identities>, telemetry: Arc<Telemetry>) -> Arc<Self> {
-        Arc::new(Self { entries: Mutex::default(), identities, telemetry })
+        Arc::new(Self {
+            entries: Mutex::default(),
+            identities,
+            telemetry,
+        })
     }
 
     /// A place on a tunnel for `key`, dialled with a socket of `dialer` if there is none.
@@ -142,7 +146,10 @@ impl Pool {
             let tunnel = match self.step(key, dialer)? {
                 Step::Use(tunnel) => tunnel,
                 Step::Wait(mut outcome) => {
-                    let ended = outcome.wait_for(Option::is_some).await.map(|outcome| *outcome);
+                    let ended = outcome
+                        .wait_for(Option::is_some)
+                        .await
+                        .map(|outcome| *outcome);
                     match ended {
                         Ok(Some(Err(refusal))) => return Err(refusal.error),
                         Ok(_) => continue,
@@ -151,8 +158,16 @@ impl Pool {
                 }
             };
             tunnel.streams.fetch_add(1, Ordering::Relaxed);
-            let streams = self.telemetry.streams.get_or_create(&SideLabels { side: "client" }).clone();
-            let slot = Slot { send: tunnel.send.clone(), tunnel, _open: GaugeGuard::new(&streams) };
+            let streams = self
+                .telemetry
+                .streams
+                .get_or_create(&SideLabels { side: "client" })
+                .clone();
+            let slot = Slot {
+                send: tunnel.send.clone(),
+                tunnel,
+                _open: GaugeGuard::new(&streams),
+            };
             match slot.send.clone().ready().await {
                 Ok(send) => return Ok(Slot::with_sender(slot, send)),
                 Err(_going_away) => slot.tunnel.closed.store(true, Ordering::Relaxed),
@@ -162,7 +177,10 @@ impl Pool {
     }
 
     fn step(self: &Arc<Self>, key: &Key, dialer: &Dialer) -> Result<Step, ProxyError> {
-        let local = self.identities.get(&key.caller).ok_or(ProxyError::NoCertificate)?;
+        let local = self
+            .identities
+            .get(&key.caller)
+            .ok_or(ProxyError::NoCertificate)?;
         let trust = self.identities.trust().ok_or(ProxyError::NotReady)?;
         let now = SystemTime::now();
         if local.not_after <= now {
@@ -177,7 +195,10 @@ impl Pool {
         entry.tunnels.retain(|t| {
             t.generations == generations && t.valid_until > now && !t.closed.load(Ordering::Relaxed)
         });
-        let free = entry.tunnels.iter().find(|t| t.streams.load(Ordering::Relaxed) < t.share());
+        let free = entry
+            .tunnels
+            .iter()
+            .find(|t| t.streams.load(Ordering::Relaxed) < t.share());
         if let Some(tunnel) = free {
             return Ok(Step::Use(Arc::clone(tunnel)));
         }
@@ -191,7 +212,13 @@ impl Pool {
                     tracing::error!(caller = %key.caller, %error, "no TLS configuration for this identity");
                     ProxyError::Internal
                 })?;
-                entry.tls.insert(Tls { config: Arc::new(config), generations }).clone()
+                entry
+                    .tls
+                    .insert(Tls {
+                        config: Arc::new(config),
+                        generations,
+                    })
+                    .clone()
             }
         };
         let (done, outcome) = watch::channel(None);
@@ -210,13 +237,26 @@ impl Pool {
         tls: Tls,
         done: watch::Sender<Outcome>,
     ) {
-        let dialed = dial(dialer.stock(), key.address, Arc::clone(&tls.config), &key.callee, &trust).await;
+        let dialed = dial(
+            dialer.stock(),
+            key.address,
+            Arc::clone(&tls.config),
+            &key.callee,
+            &trust,
+        )
+        .await;
         let result = match &dialed {
             Ok(d) if d.peer.resumed => "resumed",
             Ok(_) => "ok",
             Err(refusal) => refusal.result,
         };
-        self.telemetry.handshakes.get_or_create(&HandshakeLabels { side: "client", result }).inc();
+        self.telemetry
+            .handshakes
+            .get_or_create(&HandshakeLabels {
+                side: "client",
+                result,
+            })
+            .inc();
         match dialed {
             Err(refusal) => {
                 tracing::warn!(
@@ -226,7 +266,12 @@ impl Pool {
                 self.forget_dial(&key, None);
                 done.send_replace(Some(Err(refusal)));
             }
-            Ok(Dialed { send, connection, ping, peer }) => {
+            Ok(Dialed {
+                send,
+                connection,
+                ping,
+                peer,
+            }) => {
                 let tunnel = Arc::new(Tunnel {
                     send,
                     streams: AtomicUsize::new(0),
@@ -261,10 +306,17 @@ impl Pool {
         &self,
         key: &Key,
         tunnel: &Arc<Tunnel>,
-        connection: h2::client::Connection<tokio_rustls::client::TlsStream<tokio::net::TcpStream>, Bytes>,
+        connection: h2::client::Connection<
+            tokio_rustls::client::TlsStream<tokio::net::TcpStream>,
+            Bytes,
+        >,
         mut ping: h2::PingPong,
     ) {
-        let open = self.telemetry.tunnels.get_or_create(&SideLabels { side: "client" }).clone();
+        let open = self
+            .telemetry
+            .tunnels
+            .get_or_create(&SideLabels { side: "client" })
+            .clone();
         let _open = GaugeGuard::new(&open);
         let mut connection = std::pin::pin!(connection);
         let watched = async {
@@ -305,15 +357,21 @@ impl Pool {
     }
 
     fn is_stale(&self, key: &Key, tunnel: &Tunnel) -> bool {
-        let current = self.identities.get(&key.caller).zip(self.identities.trust());
-        current.is_none_or(|(local, trust)| tunnel.generations != (local.generation, trust.generation))
+        let current = self
+            .identities
+            .get(&key.caller)
+            .zip(self.identities.trust());
+        current
+            .is_none_or(|(local, trust)| tunnel.generations != (local.generation, trust.generation))
     }
 }
 
 impl Tunnel {
     /// Streams it may carry: our own bound, or the peer's if that is lower.
     fn share(&self) -> usize {
-        self.send.current_max_send_streams().clamp(1, STREAMS_PER_TUNNEL)
+        self.send
+            .current_max_send_streams()
+            .clamp(1, STREAMS_PER_TUNNEL)
     }
 }
 

@@ -70,7 +70,11 @@ async fn into_tunnel(
             _reset = poll_fn(|cx| to.poll_reset(cx)) => return Err(Broken::Stream),
         }
         let capacity = to.capacity().min(CHUNK);
-        let chunk = if bulk { read_bulk(from, capacity) } else { read_small(from, capacity) };
+        let chunk = if bulk {
+            read_bulk(from, capacity)
+        } else {
+            read_small(from, capacity)
+        };
         match chunk {
             Ok(chunk) if chunk.is_empty() => {
                 return to.send_data(Bytes::new(), true).map_err(|_| Broken::Stream);
@@ -159,5 +163,10 @@ async fn write_backlog(
 }
 
 fn release(from: &mut RecvStream, bytes: usize) -> Result<(), Broken> {
-    from.flow_control().release_capacity(bytes).map_err(|_| Broken::Stream)
+    from.flow_control()
+        .release_capacity(bytes)
+        .map_err(|_| Broken::Stream)
 }
+
+#[cfg(test)]
+mod tests;

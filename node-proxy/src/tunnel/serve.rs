@@ -19,7 +19,10 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::tls::{Kind, Peer, Refusal, peer, refusal, tls_refusal};
-use super::{CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, SEND_BUFFER, STREAM_WINDOW, claimed_source};
+use super::{
+    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, SEND_BUFFER, STREAM_WINDOW,
+    claimed_source,
+};
 use crate::authorize;
 use crate::budget::Resource;
 use crate::deliver::{self, Delivered};
@@ -54,25 +57,52 @@ struct Tunnel {
 }
 
 /// Serves one connection to a tunnel listener until it ends.
-pub async fn serve(worker: Arc<Worker>, entrance: Entrance, socket: TcpStream, address: SocketAddr) {
+pub async fn serve(
+    worker: Arc<Worker>,
+    entrance: Entrance,
+    socket: TcpStream,
+    address: SocketAddr,
+) {
     let telemetry = Arc::clone(&worker.context.telemetry);
-    let outcome = timeout(HANDSHAKE_TIMEOUT, Box::pin(handshake(&worker, &entrance, socket))).await;
-    let outcome = outcome.unwrap_or(Err(Refusal { error: ProxyError::TunnelHandshake, result: "handshake_timeout" }));
+    let outcome = timeout(
+        HANDSHAKE_TIMEOUT,
+        Box::pin(handshake(&worker, &entrance, socket)),
+    )
+    .await;
+    let outcome = outcome.unwrap_or(Err(Refusal {
+        error: ProxyError::TunnelHandshake,
+        result: "handshake_timeout",
+    }));
     let result = match &outcome {
         Ok((_, _, peer)) if peer.resumed => "resumed",
         Ok(_) => "ok",
         Err(refusal) => refusal.result,
     };
-    telemetry.handshakes.get_or_create(&HandshakeLabels { side: "server", result }).inc();
+    telemetry
+        .handshakes
+        .get_or_create(&HandshakeLabels {
+            side: "server",
+            result,
+        })
+        .inc();
     match outcome {
         Err(refusal) => {
             tracing::warn!(peer = %address, reason = refusal.result, "tunnel refused: {}", refusal.error);
         }
         Ok((tls, local, peer)) => {
             tracing::debug!(peer = %address, caller = %peer.identity, callee = %local.identity, result, "tunnel accepted");
-            let open = telemetry.tunnels.get_or_create(&SideLabels { side: "server" }).clone();
+            let open = telemetry
+                .tunnels
+                .get_or_create(&SideLabels { side: "server" })
+                .clone();
             let _open = GaugeGuard::new(&open);
-            let tunnel = Arc::new(Tunnel { worker, entrance, local, peer, address });
+            let tunnel = Arc::new(Tunnel {
+                worker,
+                entrance,
+                local,
+                peer,
+                address,
+            });
             tunnel.run(tls).await;
         }
     }
@@ -80,28 +110,58 @@ pub async fn serve(worker: Arc<Worker>, entrance: Entrance, socket: TcpStream, a
 
 type Accepted = (TlsStream<TcpStream>, Arc<LocalIdentity>, Peer);
 
-async fn handshake(worker: &Worker, entrance: &Entrance, socket: TcpStream) -> Result<Accepted, Refusal> {
+async fn handshake(
+    worker: &Worker,
+    entrance: &Entrance,
+    socket: TcpStream,
+) -> Result<Accepted, Refusal> {
     let identities = &worker.context.identities;
-    let internal = |_| Refusal { error: ProxyError::Internal, result: "internal" };
-    let trust = identities.trust().ok_or(Refusal { error: ProxyError::NotReady, result: "not_ready" })?;
-    let hello = LazyConfigAcceptor::new(Acceptor::default(), socket).await.map_err(|e| refusal(&e))?;
+    let internal = |_| Refusal {
+        error: ProxyError::Internal,
+        result: "internal",
+    };
+    let trust = identities.trust().ok_or(Refusal {
+        error: ProxyError::NotReady,
+        result: "not_ready",
+    })?;
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), socket)
+        .await
+        .map_err(|e| refusal(&e))?;
     let (local, kind) = match entrance {
-        Entrance::Node => {
-            (hello.client_hello().server_name().and_then(|name| identities.by_server_name(name)), Kind::Warren)
-        }
+        Entrance::Node => (
+            hello
+                .client_hello()
+                .server_name()
+                .and_then(|name| identities.by_server_name(name)),
+            Kind::Warren,
+        ),
         Entrance::Pod(pod) => (identities.get(&pod.identity), Kind::Hbone),
     };
     let Some(local) = local else {
         // Finished only so that the peer hears an alert.
-        let config = worker.context.server_configs.refusing(&trust).map_err(internal)?;
+        let config = worker
+            .context
+            .server_configs
+            .refusing(&trust)
+            .map_err(internal)?;
         let _ = hello.into_stream(config).await;
-        return Err(Refusal { error: ProxyError::NoCertificate, result: "no_certificate" });
+        return Err(Refusal {
+            error: ProxyError::NoCertificate,
+            result: "no_certificate",
+        });
     };
-    let config = worker.context.server_configs.get(&local, &trust, kind).map_err(internal)?;
+    let config = worker
+        .context
+        .server_configs
+        .get(&local, &trust, kind)
+        .map_err(internal)?;
     let tls = hello.into_stream(config).await.map_err(|e| refusal(&e))?;
     let peer = peer(tls.get_ref().1, PeerRole::Client, &trust).map_err(|e| tls_refusal(&e))?;
     if tls.get_ref().1.alpn_protocol().is_none() {
-        return Err(Refusal { error: ProxyError::TunnelHandshake, result: "protocol" });
+        return Err(Refusal {
+            error: ProxyError::TunnelHandshake,
+            result: "protocol",
+        });
     }
     Ok((tls, local, peer))
 }
@@ -116,11 +176,14 @@ impl Tunnel {
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_streams(MAX_STREAMS)
             .handshake(tls);
-        let mut connection: Connection<_, Bytes> = match timeout(HANDSHAKE_TIMEOUT, connection).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(_)) | Err(_) => return,
+        let mut connection: Connection<_, Bytes> =
+            match timeout(HANDSHAKE_TIMEOUT, connection).await {
+                Ok(Ok(connection)) => connection,
+                Ok(Err(_)) | Err(_) => return,
+            };
+        let Some(mut ping) = connection.ping_pong() else {
+            return;
         };
-        let Some(mut ping) = connection.ping_pong() else { return };
         let mut drain = self.worker.draining();
         let mut changed = self.worker.context.identities.changed();
         let mut leaving = false;
@@ -128,7 +191,10 @@ impl Tunnel {
             let mut ticks = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
             loop {
                 ticks.tick().await;
-                if !matches!(timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await, Ok(Ok(_))) {
+                if !matches!(
+                    timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await,
+                    Ok(Ok(_))
+                ) {
                     return;
                 }
             }
@@ -169,7 +235,13 @@ impl Tunnel {
     }
 
     fn spawn(self: &Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        let streams = self.worker.context.telemetry.streams.get_or_create(&SideLabels { side: "server" }).clone();
+        let streams = self
+            .worker
+            .context
+            .telemetry
+            .streams
+            .get_or_create(&SideLabels { side: "server" })
+            .clone();
         let open = GaugeGuard::new(&streams);
         let tunnel = Arc::clone(self);
         self.worker.spawn(async move {
@@ -178,17 +250,29 @@ impl Tunnel {
         });
     }
 
-    async fn stream(self: Arc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    async fn stream(
+        self: Arc<Self>,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+    ) {
         let context = Arc::clone(&self.worker.context);
         let mut flow = Flow::new(
             Reporter::Destination,
             self.address,
             self.address,
-            Party { workload: None, identity: Some(self.peer.identity.clone()) },
+            Party {
+                workload: None,
+                identity: Some(self.peer.identity.clone()),
+            },
         );
         flow.security = Security::MutualTls;
         let admitted = Box::pin(self.admit(&request, &mut flow)).await;
-        let Admitted { pod, delivered, charge, captured } = match admitted {
+        let Admitted {
+            pod,
+            delivered,
+            charge,
+            captured,
+        } = match admitted {
             Ok(admitted) => admitted,
             Err(error) => {
                 flow.fail(&context, error);
@@ -198,36 +282,62 @@ impl Tunnel {
             }
         };
         let mut receive = request.into_body();
-        let Ok(mut send) = respond.send_response(Response::new(()), false) else { return };
+        let Ok(mut send) = respond.send_response(Response::new(()), false) else {
+            return;
+        };
         drop(respond);
-        let _listed = self.worker.list("inbound", &pod, flow.source_address, flow.destination_address);
+        let _listed = self.worker.list(
+            "inbound",
+            &pod,
+            flow.source_address,
+            flow.destination_address,
+        );
         let buffered = [
             pod.account.open_charge(Resource::BufferedBytes),
             pod.account.open_charge(Resource::BufferedBytes),
         ];
         let open = flow.open(&context);
         // Here the socket is the destination, so what goes into the tunnel is what was received.
-        let relaying =
-            super::relay::relay(delivered.stream(), &mut send, &mut receive, &open.received, &open.sent, buffered);
+        let relaying = super::relay::relay(
+            delivered.stream(),
+            &mut send,
+            &mut receive,
+            &open.received,
+            &open.sent,
+            buffered,
+        );
         let result = relaying.await;
         if result.is_ok() {
             delivered.recycle();
         }
-        flow.ended(&context, &open, result.as_ref().err().and_then(crate::outbound::reason));
+        flow.ended(
+            &context,
+            &open,
+            result.as_ref().err().and_then(crate::outbound::reason),
+        );
         drop((charge, captured));
     }
 
-    async fn admit(&self, request: &Request<RecvStream>, flow: &mut Flow) -> Result<Admitted, ProxyError> {
+    async fn admit(
+        &self,
+        request: &Request<RecvStream>,
+        flow: &mut Flow,
+    ) -> Result<Admitted, ProxyError> {
         let context = &self.worker.context;
         let now = SystemTime::now();
         if self.peer.not_after <= now || self.local.not_after <= now {
             return Err(ProxyError::CertificateExpired);
         }
-        if request.method() != Method::CONNECT || request.extensions().get::<h2::ext::Protocol>().is_some() {
+        if request.method() != Method::CONNECT
+            || request.extensions().get::<h2::ext::Protocol>().is_some()
+        {
             return Err(ProxyError::BadRequest);
         }
         let authority = request.uri().authority().ok_or(ProxyError::BadRequest)?;
-        let target: SocketAddr = authority.as_str().parse().map_err(|_| ProxyError::BadRequest)?;
+        let target: SocketAddr = authority
+            .as_str()
+            .parse()
+            .map_err(|_| ProxyError::BadRequest)?;
         flow.destination_address = target;
         let claimed = claimed_source(request.headers()).map_err(|()| ProxyError::BadRequest)?;
         let pod = self.target(target, &self.local.identity)?;
@@ -244,7 +354,8 @@ impl Tunnel {
                 flow.source.workload = Some(Arc::clone(&caller.owner));
             }
             // Not a claim but where the packets come from: an HBONE peer outside the table.
-            None if matches!(self.entrance, Entrance::Pod(_)) && source == self.address.ip().to_canonical() => {}
+            None if matches!(self.entrance, Entrance::Pod(_))
+                && source == self.address.ip().to_canonical() => {}
             None => {
                 let caller = context.table.wait_for_workload(source, SOURCE_WAIT).await;
                 let caller = caller.ok_or(ProxyError::UnknownSource)?;
@@ -255,17 +366,31 @@ impl Tunnel {
         let charge = pod.account.charge(Resource::Stream)?;
         let captured = pod.captured.enter();
         let delivered = deliver::to_app(&pod, source, target).await?;
-        Ok(Admitted { pod, delivered, charge, captured })
+        Ok(Admitted {
+            pod,
+            delivered,
+            charge,
+            captured,
+        })
     }
 
     /// The pod a stream is for: of this node, and of the identity the tunnel was opened to.
     fn target(&self, target: SocketAddr, callee: &Identity) -> Result<Arc<Pod>, ProxyError> {
-        let pod = self.worker.context.pods.by_address(target.ip()).ok_or(ProxyError::NotLocal)?;
+        let pod = self
+            .worker
+            .context
+            .pods
+            .by_address(target.ip())
+            .ok_or(ProxyError::NotLocal)?;
         let right_pod = match &self.entrance {
             Entrance::Node => pod.identity == *callee,
             Entrance::Pod(own) => Arc::ptr_eq(own, &pod),
         };
-        if right_pod { Ok(pod) } else { Err(ProxyError::NotLocal) }
+        if right_pod {
+            Ok(pod)
+        } else {
+            Err(ProxyError::NotLocal)
+        }
     }
 }
 
@@ -278,7 +403,11 @@ struct Admitted {
 
 fn refused(error: ProxyError) -> Response<()> {
     let mut response = Response::new(());
-    *response.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    response.headers_mut().insert(PROXY_ERROR_HEADER, http::HeaderValue::from_static(error.name()));
+    *response.status_mut() =
+        StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(
+        PROXY_ERROR_HEADER,
+        http::HeaderValue::from_static(error.name()),
+    );
     response
 }

@@ -8,13 +8,18 @@ use dashmap::DashMap;
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use mesh_api::names::{ALPN_HBONE, ALPN_WARREN};
-use mesh_api::tls::{PeerRole, UriClientVerifier, UriServerVerifier, not_after, uri_name, verify_chain};
+use mesh_api::tls::{
+    PeerRole, UriClientVerifier, UriServerVerifier, not_after, uri_name, verify_chain,
+};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, ResolvesServerCert, ServerSessionMemoryCache};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
-use rustls::{AlertDescription, CertificateError, ClientConfig, CommonState, Error, HandshakeKind, ServerConfig};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, CommonState, Error, HandshakeKind,
+    ServerConfig,
+};
 use rustls_pki_types::UnixTime;
 
 use crate::identity::{LocalIdentity, Trust};
@@ -34,18 +39,30 @@ const SESSIONS: usize = 256;
 /// machine with AES instructions; the post-quantum hybrid X25519MLKEM768 is the first key exchange.
 fn provider() -> Arc<CryptoProvider> {
     let mut provider = Arc::unwrap_or_clone(mesh_api::tls::provider());
-    provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
+        .cipher_suites
+        .sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
     Arc::new(provider)
 }
 
 /// The configuration of one pool: proves `local`, demands `callee`. Sessions are remembered in it, so they
 /// die with it at the next renewal or change of the trust bundle.
-pub fn client_config(local: &LocalIdentity, trust: &Trust, callee: &Identity, kind: Kind) -> Result<ClientConfig, Error> {
+pub fn client_config(
+    local: &LocalIdentity,
+    trust: &Trust,
+    callee: &Identity,
+    kind: Kind,
+) -> Result<ClientConfig, Error> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(UriServerVerifier::new(Arc::clone(&trust.roots), callee.as_str()))
-        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&local.certified))));
+        .with_custom_certificate_verifier(UriServerVerifier::new(
+            Arc::clone(&trust.roots),
+            callee.as_str(),
+        ))
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
+            &local.certified,
+        ))));
     match kind {
         Kind::Warren => {
             config.alpn_protocols = vec![ALPN_WARREN.into()];
@@ -75,7 +92,12 @@ struct Cached {
 
 impl ServerConfigs {
     /// The configuration to prove `local` with.
-    pub fn get(&self, local: &LocalIdentity, trust: &Trust, kind: Kind) -> Result<Arc<ServerConfig>, Error> {
+    pub fn get(
+        &self,
+        local: &LocalIdentity,
+        trust: &Trust,
+        kind: Kind,
+    ) -> Result<Arc<ServerConfig>, Error> {
         let key = (local.identity.clone(), kind);
         let generations = (local.generation, trust.generation);
         if let Some(cached) = self.by_identity.get(&key)
@@ -83,27 +105,50 @@ impl ServerConfigs {
         {
             return Ok(Arc::clone(&cached.config));
         }
-        let config = Arc::new(server_config(Arc::new(SingleCertAndKey::from(Arc::clone(&local.certified))), trust, kind)?);
-        self.by_identity.insert(key, Cached { generations, config: Arc::clone(&config) });
+        let config = Arc::new(server_config(
+            Arc::new(SingleCertAndKey::from(Arc::clone(&local.certified))),
+            trust,
+            kind,
+        )?);
+        self.by_identity.insert(
+            key,
+            Cached {
+                generations,
+                config: Arc::clone(&config),
+            },
+        );
         Ok(config)
     }
 
     /// A configuration that refuses every handshake with an alert, for a server name that is none of this
     /// node's.
     pub fn refusing(&self, trust: &Trust) -> Result<Arc<ServerConfig>, Error> {
-        Ok(Arc::new(server_config(Arc::new(NoCertificate), trust, Kind::Warren)?))
+        Ok(Arc::new(server_config(
+            Arc::new(NoCertificate),
+            trust,
+            Kind::Warren,
+        )?))
     }
 
     /// Forgets identities that have left the node.
     pub fn retain(&self, is_local: impl Fn(&Identity) -> bool) {
-        self.by_identity.retain(|(identity, _), _| is_local(identity));
+        self.by_identity
+            .retain(|(identity, _), _| is_local(identity));
     }
 }
 
-fn server_config(resolver: Arc<dyn ResolvesServerCert>, trust: &Trust, kind: Kind) -> Result<ServerConfig, Error> {
+fn server_config(
+    resolver: Arc<dyn ResolvesServerCert>,
+    trust: &Trust,
+    kind: Kind,
+) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(UriClientVerifier::new(Arc::clone(&trust.roots), &trust.trust_domain, true))
+        .with_client_cert_verifier(UriClientVerifier::new(
+            Arc::clone(&trust.roots),
+            &trust.trust_domain,
+            true,
+        ))
         .with_cert_resolver(resolver);
     config.alpn_protocols = vec![match kind {
         Kind::Warren => ALPN_WARREN.into(),
@@ -149,7 +194,11 @@ pub fn peer(state: &CommonState, role: PeerRole, trust: &Trust) -> Result<Peer, 
         .parse()
         .map_err(|_| Error::InvalidCertificate(CertificateError::NotValidForName))?;
     let end = not_after(leaf).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
-    Ok(Peer { identity, not_after: SystemTime::UNIX_EPOCH + end, resumed })
+    Ok(Peer {
+        identity,
+        not_after: SystemTime::UNIX_EPOCH + end,
+        resumed,
+    })
 }
 
 /// Why a handshake failed: the row of the error table, and the finer `result` of the handshake metric.
@@ -165,7 +214,10 @@ pub struct Refusal {
 pub fn refusal(error: &io::Error) -> Refusal {
     match error.get_ref().and_then(|e| e.downcast_ref::<Error>()) {
         Some(error) => tls_refusal(error),
-        None => Refusal { error: ProxyError::TunnelHandshake, result: "connection_lost" },
+        None => Refusal {
+            error: ProxyError::TunnelHandshake,
+            result: "connection_lost",
+        },
     }
 }
 
@@ -174,11 +226,15 @@ pub fn tls_refusal(error: &Error) -> Refusal {
     use ProxyError::{CertificateExpired, TunnelHandshake, TunnelIdentity};
     let (error, result) = match error {
         Error::InvalidCertificate(reason) => match reason {
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => (CertificateExpired, "peer_expired"),
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                (CertificateExpired, "peer_expired")
+            }
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                 (CertificateExpired, "peer_not_valid_yet")
             }
-            CertificateError::UnknownIssuer | CertificateError::BadSignature => (TunnelHandshake, "peer_unknown_ca"),
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                (TunnelHandshake, "peer_unknown_ca")
+            }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                 (TunnelIdentity, "peer_wrong_identity")
             }
@@ -187,8 +243,12 @@ pub fn tls_refusal(error: &Error) -> Refusal {
         Error::NoCertificatesPresented => (TunnelHandshake, "peer_no_certificate"),
         Error::AlertReceived(alert) => match alert {
             AlertDescription::CertificateExpired => (CertificateExpired, "refused_expired"),
-            AlertDescription::UnknownCA | AlertDescription::DecryptError => (TunnelHandshake, "refused_unknown_ca"),
-            AlertDescription::AccessDenied | AlertDescription::UnrecognisedName => (TunnelIdentity, "refused_no_identity"),
+            AlertDescription::UnknownCA | AlertDescription::DecryptError => {
+                (TunnelHandshake, "refused_unknown_ca")
+            }
+            AlertDescription::AccessDenied | AlertDescription::UnrecognisedName => {
+                (TunnelIdentity, "refused_no_identity")
+            }
             AlertDescription::BadCertificate | AlertDescription::CertificateUnknown => {
                 (TunnelHandshake, "refused_bad_certificate")
             }
