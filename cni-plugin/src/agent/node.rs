@@ -1,0 +1,503 @@
+//! The node's pods: what the runtime says (CNI) and what the controller says, brought together.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mesh_api::names::{SYSTEM_NAMESPACE, address_from_bytes, address_to_bytes};
+use mesh_api::proto::cni;
+use mesh_api::proto::control::{NodeReport, PodReport, PodState, RegisterPodRequest};
+use mesh_api::proto::mesh::NodePod;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::broker::Broker;
+use super::control::{Control, RegisterError};
+use super::enrol::{Pod, Tools};
+use super::netns::{Netns, NetnsRecord};
+use super::record::{Phase, PodRecord, Store, StoreError, is_uid};
+use super::report::Reporter;
+use super::rules::MeshMark;
+use crate::plugin::{CniError, Code};
+
+/// Everything the agent knows. Shared by the tasks that serve the plugin, the controller and proxies.
+pub struct Node {
+    control: Arc<dyn Control>,
+    tools: Tools,
+    exclude_namespaces: HashSet<String>,
+    pods: Mutex<HashMap<String, Pod>>,
+    /// The controller's last word on this node's pods, added or not.
+    known: Mutex<HashMap<String, NodePod>>,
+    /// Which namespaces opted in; outlives the controller's absence.
+    namespaces: Mutex<BTreeMap<String, bool>>,
+    leaving: AtomicBool,
+    reporter: Reporter,
+}
+
+impl Node {
+    /// Takes up the pods on record whose namespaces still exist.
+    pub fn start(
+        control: Arc<dyn Control>,
+        broker: Arc<Broker>,
+        store: Store,
+        mark: MeshMark,
+        exclude_namespaces: &[String],
+    ) -> Result<Arc<Self>, StoreError> {
+        let tools = Tools {
+            mark,
+            broker,
+            store: store.clone(),
+            changed: Arc::new(Notify::new()),
+        };
+        let mut pods = HashMap::new();
+        for record in store.pods()? {
+            match record.netns.open() {
+                Ok(netns) => {
+                    let pod = Pod::start(tools.clone(), netns, record.clone());
+                    pods.insert(record.uid, pod);
+                }
+                Err(error) => {
+                    tracing::info!(uid = record.uid, name = record.name, %error, "a pod has gone while the agent was away");
+                    store.remove(&record.uid)?;
+                }
+            }
+        }
+        tracing::info!(pods = pods.len(), "pods on record");
+        Ok(Arc::new(Self {
+            control,
+            tools,
+            exclude_namespaces: exclude_namespaces.iter().cloned().collect(),
+            pods: Mutex::new(pods),
+            known: Mutex::default(),
+            namespaces: Mutex::new(store.namespaces()?),
+            leaving: AtomicBool::new(false),
+            reporter: Reporter::default(),
+        }))
+    }
+
+    /// Reports, registers pods that were added in the controller's absence, and forgets pods that
+    /// went without a DEL. For ever.
+    pub async fn run(self: Arc<Self>) {
+        tokio::join!(
+            self.reporter.run(&self),
+            self.register_late(),
+            self.collect_leftovers(),
+        );
+    }
+
+    /// CNI ADD. Answers when the pod may start.
+    pub async fn add(&self, request: cni::Add, netns: OwnedFd) -> Result<(), CniError> {
+        let deadline = Instant::now() + ADD_BOUND;
+        let cni::Add {
+            container_id,
+            uid,
+            namespace,
+            name,
+            netns: path,
+            ifname: _,
+            addresses,
+        } = request;
+        let excluded =
+            namespace == SYSTEM_NAMESPACE || self.exclude_namespaces.contains(&namespace);
+        if excluded || self.leaving.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if !is_uid(&uid) {
+            return Err(CniError::new(
+                Code::Environment,
+                format!("K8S_POD_UID {uid:?} of pod {namespace}/{name}"),
+                "letters, digits, `-`, `_` and `.` are expected",
+            ));
+        }
+        let again = |why: String| {
+            CniError::new(
+                Code::TryAgain,
+                format!("pod {namespace}/{name} cannot be enrolled in the mesh now"),
+                why,
+            )
+        };
+        let netns = Netns::from_fd(netns).map_err(|e| again(e.to_string()))?;
+        if netns.id() == self.host_id().map_err(|e| again(e.to_string()))? {
+            return Ok(());
+        }
+        let addresses: Option<Vec<IpAddr>> = addresses
+            .iter()
+            .map(|bytes| address_from_bytes(bytes))
+            .collect();
+        let record = PodRecord {
+            container_id,
+            netns: NetnsRecord {
+                path: path.into(),
+                id: netns.id(),
+            },
+            addresses: addresses.ok_or_else(|| again("a malformed address".into()))?,
+            registered: false,
+            pod: None,
+            phase: Phase::Direct,
+            applied: None,
+            uid: uid.clone(),
+            namespace: namespace.clone(),
+            name: name.clone(),
+        };
+        self.record(record.clone(), netns)
+            .map_err(|e| again(e.to_string()))?;
+
+        let Some(word) = self
+            .ask(&record, deadline)
+            .await
+            .map_err(|e| again(e.to_string()))?
+        else {
+            tracing::info!(
+                namespace,
+                name,
+                "pod: starts outside the mesh; the controller is away and its namespace did not opt in"
+            );
+            return Ok(());
+        };
+        let settled = {
+            let pods = self.pods.lock();
+            let gone = || again("the runtime deleted it meanwhile".into());
+            let pod = pods.get(&uid).ok_or_else(gone)?;
+            pod.set(word, true);
+            pod.settled()
+        };
+        let settled = match tokio::time::timeout_at(deadline, settled).await {
+            Ok(Some(settled)) => settled,
+            Ok(None) => return Err(again("the runtime deleted it meanwhile".into())),
+            Err(_) => return Err(again(self.reason(&uid))),
+        };
+        if settled.enrolled && !self.leaving.load(Ordering::Relaxed) {
+            // Other nodes must know of it before it speaks.
+            let reported = tokio::time::timeout_at(deadline, self.reporter.delivered());
+            let failed = |_| again("the controller did not take this node's report in time".into());
+            reported.await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// CNI DEL. Deleting what is not there is no error.
+    pub fn delete(&self, container_id: &str, uid: &str) {
+        let found = {
+            let pods = self.pods.lock();
+            let of_container =
+                |pod: &Pod| pod.status().borrow().record.container_id == container_id;
+            match pods.get(uid) {
+                Some(pod) if of_container(pod) => Some(uid.to_owned()),
+                // A newer sandbox of the same pod stays.
+                Some(_) => None,
+                None => (pods.iter())
+                    .find(|(_, pod)| of_container(pod))
+                    .map(|(uid, _)| uid.clone()),
+            }
+        };
+        if let Some(uid) = found {
+            self.forget(&uid, "the runtime deleted it");
+        }
+    }
+
+    /// CNI CHECK: what is wrong with the pod's rules.
+    pub async fn check(&self, container_id: &str, uid: &str) -> Result<(), CniError> {
+        let missing = |what: String| {
+            CniError::new(
+                Code::RulesMissing,
+                format!("pod {uid} is not captured as it should be"),
+                what,
+            )
+        };
+        let Some(record) = self
+            .record_of(uid)
+            .filter(|r| r.container_id == container_id)
+        else {
+            // Added while there was no plugin in the chain: nothing was promised.
+            return Ok(());
+        };
+        if !record.pod.as_ref().is_some_and(|pod| pod.enrolled) {
+            return Ok(());
+        }
+        let Some(applied) = record.applied else {
+            return Err(missing(self.reason(uid)));
+        };
+        let netns = record.netns.open().map_err(|e| missing(e.to_string()))?;
+        match applied.missing(&netns).await {
+            Ok(None) => Ok(()),
+            Ok(Some(what)) => Err(missing(what)),
+            Err(error) => Err(missing(error.to_string())),
+        }
+    }
+
+    /// CNI GC: forgets pods that are not among the valid ones and whose namespace is gone. The list
+    /// may be of another network than the pods', so it alone is not believed.
+    pub fn collect(&self, valid_container_ids: &[String]) {
+        for record in self.records() {
+            if !valid_container_ids.contains(&record.container_id) && record.netns.open().is_err() {
+                self.forget(&record.uid, "the runtime no longer knows it");
+            }
+        }
+    }
+
+    /// The controller's word about a pod of this node.
+    pub fn pod_changed(&self, word: NodePod) {
+        self.learn(&word);
+        if let Some(pod) = self.pods.lock().get(&word.uid) {
+            pod.set(word, false);
+        }
+    }
+
+    /// The controller no longer speaks of a pod. What it was stays until the runtime deletes it.
+    pub fn pod_unknown(&self, uid: &str) {
+        self.known.lock().remove(uid);
+    }
+
+    /// Takes every pod out of the mesh. True: none is left; false: the deadline came first, and what
+    /// was left is cut.
+    pub async fn leave(&self, deadline: Instant) -> bool {
+        self.leaving.store(true, Ordering::Relaxed);
+        let statuses: Vec<_> = {
+            let pods = self.pods.lock();
+            pods.values().for_each(Pod::leave);
+            pods.values().map(Pod::status).collect()
+        };
+        let all = async {
+            for mut status in statuses {
+                // Fails when the pod was deleted meanwhile.
+                let _ = status
+                    .wait_for(|status| status.record.phase == Phase::Direct)
+                    .await;
+            }
+        };
+        if tokio::time::timeout_at(deadline, all).await.is_ok() {
+            return true;
+        }
+        for record in self
+            .records()
+            .into_iter()
+            .filter(|r| r.phase != Phase::Direct)
+        {
+            self.pods.lock().remove(&record.uid);
+            let removed = match record.netns.open() {
+                Ok(netns) => super::rules::remove(&netns).await,
+                Err(error) => Err(error),
+            };
+            tracing::warn!(
+                namespace = record.namespace,
+                name = record.name,
+                ?removed,
+                "pod: its captured connections were cut at the deadline"
+            );
+            if let Err(error) = self.tools.store.remove(&record.uid) {
+                tracing::warn!(%error, "pod: its record stays");
+            }
+        }
+        false
+    }
+
+    /// The state of the node, as the controller is told.
+    pub fn report(&self, host_addresses: &[IpAddr]) -> NodeReport {
+        let mut pods: Vec<PodReport> = (self.pods.lock().iter())
+            .filter_map(|(uid, pod)| {
+                let (state, reason) = pod.status().borrow().report()?;
+                Some(PodReport {
+                    uid: uid.clone(),
+                    state: PodState::into(state),
+                    reason,
+                })
+            })
+            .collect();
+        pods.sort_by(|a, b| a.uid.cmp(&b.uid));
+        let ready = self.tools.broker.is_ready();
+        NodeReport {
+            pods,
+            host_addresses: (host_addresses.iter())
+                .map(|address| address_to_bytes(*address).to_vec())
+                .collect(),
+            ready,
+            reason: match ready {
+                true => String::new(),
+                false => "no node proxy is ready".into(),
+            },
+        }
+    }
+
+    /// The seam to the controller.
+    pub(super) fn control(&self) -> &dyn Control {
+        &*self.control
+    }
+
+    pub(super) fn broker(&self) -> &Broker {
+        &self.tools.broker
+    }
+
+    /// Told when the report may have changed.
+    pub(super) fn changed(&self) -> &Notify {
+        &self.tools.changed
+    }
+
+    fn host_id(&self) -> io::Result<super::netns::NetnsId> {
+        Netns::host().map(|netns| netns.id())
+    }
+
+    /// Keeps the pod on disk before anything is done for it.
+    fn record(&self, record: PodRecord, netns: Netns) -> Result<(), StoreError> {
+        let mut pods = self.pods.lock();
+        if let Some(pod) = pods.get(&record.uid)
+            && pod.status().borrow().record.netns == record.netns
+            && pod.status().borrow().record.container_id == record.container_id
+        {
+            // A repeated ADD, or one for another interface of the same pod.
+            return Ok(());
+        }
+        self.tools.store.put(&record)?;
+        let uid = record.uid.clone();
+        // The task of an earlier sandbox of this pod ends here.
+        pods.remove(&uid);
+        self.tools.broker.forget(&uid);
+        pods.insert(uid, Pod::start(self.tools.clone(), netns, record));
+        Ok(())
+    }
+
+    /// Asks the controller what the pod is to be. `None`: it is away, and the pod may start outside
+    /// the mesh.
+    async fn ask(
+        &self,
+        record: &PodRecord,
+        deadline: Instant,
+    ) -> Result<Option<NodePod>, RegisterError> {
+        loop {
+            let asked =
+                tokio::time::timeout_at(deadline, self.control.register(request(record))).await;
+            let error = match asked {
+                Ok(Ok(word)) => {
+                    self.learn(&word);
+                    return Ok(Some(word));
+                }
+                Ok(Err(error)) => error,
+                Err(_) => RegisterError::Away("it did not answer in time".into()),
+            };
+            match &error {
+                RegisterError::Refused(_) => return Err(error),
+                RegisterError::Away(_)
+                    if self.namespaces.lock().get(&record.namespace) == Some(&false) =>
+                {
+                    return Ok(None);
+                }
+                RegisterError::Away(_) | RegisterError::NotFound(_) => {}
+            }
+            if Instant::now() + super::RETRY >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(super::RETRY).await;
+        }
+    }
+
+    /// Remembers which namespaces opted in: those with an enrolled pod here.
+    fn learn(&self, word: &NodePod) {
+        let opted_in = {
+            let mut known = self.known.lock();
+            known.insert(word.uid.clone(), word.clone());
+            let of_namespace = |pod: &&NodePod| pod.namespace == word.namespace;
+            known.values().filter(of_namespace).any(|pod| pod.enrolled)
+        };
+        let mut namespaces = self.namespaces.lock();
+        if namespaces.insert(word.namespace.clone(), opted_in) != Some(opted_in)
+            && let Err(error) = self.tools.store.put_namespaces(&namespaces)
+        {
+            tracing::warn!(%error, "which namespaces opted in is not kept");
+        }
+    }
+
+    async fn register_late(&self) {
+        let mut connected = self.control.connected();
+        loop {
+            for record in self
+                .records()
+                .into_iter()
+                .filter(|record| !record.registered)
+            {
+                match self.control.register(request(&record)).await {
+                    Ok(word) => {
+                        self.learn(&word);
+                        if let Some(pod) = self.pods.lock().get(&record.uid) {
+                            pod.set(word, true);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(uid = record.uid, %error, "pod: not registered yet");
+                    }
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(REGISTER_INTERVAL) => {}
+                changed = connected.changed() => if changed.is_err() {
+                    tokio::time::sleep(REGISTER_INTERVAL).await;
+                }
+            }
+        }
+    }
+
+    async fn collect_leftovers(&self) {
+        loop {
+            tokio::time::sleep(COLLECT_INTERVAL).await;
+            for record in self.records() {
+                if record.netns.open().is_err() {
+                    self.forget(&record.uid, "its network namespace is gone");
+                }
+            }
+        }
+    }
+
+    fn forget(&self, uid: &str, why: &str) {
+        if self.pods.lock().remove(uid).is_none() {
+            return;
+        }
+        tracing::info!(uid, why, "pod: forgotten");
+        self.known.lock().remove(uid);
+        self.tools.broker.forget(uid);
+        if let Err(error) = self.tools.store.remove(uid) {
+            tracing::warn!(%error, "pod: its record stays");
+        }
+        self.tools.changed.notify_one();
+    }
+
+    fn records(&self) -> Vec<PodRecord> {
+        (self.pods.lock().values())
+            .map(|pod| pod.status().borrow().record.clone())
+            .collect()
+    }
+
+    fn record_of(&self, uid: &str) -> Option<PodRecord> {
+        let pods = self.pods.lock();
+        pods.get(uid)
+            .map(|pod| pod.status().borrow().record.clone())
+    }
+
+    fn reason(&self, uid: &str) -> String {
+        let pods = self.pods.lock();
+        let reason = pods
+            .get(uid)
+            .map(|pod| pod.status().borrow().reason.clone());
+        reason
+            .filter(|reason| !reason.is_empty())
+            .unwrap_or_else(|| "it was not done in time".into())
+    }
+}
+
+fn request(record: &PodRecord) -> RegisterPodRequest {
+    RegisterPodRequest {
+        uid: record.uid.clone(),
+        namespace: record.namespace.clone(),
+        name: record.name.clone(),
+        addresses: (record.addresses.iter())
+            .map(|address| address_to_bytes(*address).to_vec())
+            .collect(),
+    }
+}
+
+/// What ADD may take; the plugin waits a second longer.
+const ADD_BOUND: Duration = Duration::from_secs(9);
+const REGISTER_INTERVAL: Duration = Duration::from_secs(5);
+const COLLECT_INTERVAL: Duration = Duration::from_secs(30);
