@@ -101,6 +101,11 @@ impl Hub {
         self.snapshots.subscribe()
     }
 
+    /// Changes whenever a stream got further or ended.
+    pub fn progress(&self) -> watch::Receiver<u64> {
+        self.progress.subscribe()
+    }
+
     /// What the process counts.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics

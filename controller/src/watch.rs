@@ -21,6 +21,7 @@ pub struct Watch {
 #[derive(Debug, Default)]
 struct Shared {
     wake: Notify,
+    /// What changed since it was last taken; `None`: not known.
     paths: Mutex<Option<HashSet<PathBuf>>>,
 }
 
@@ -47,20 +48,20 @@ impl Watch {
         watch
     }
 
-    /// Waits for the next changes.
+    /// Waits for the next changes. Cancel safe: what was noticed is noticed again by the next call.
     pub async fn changed(&mut self) -> Changes {
         let interval = match self.watcher {
             Some(_) => RESCAN,
             None => RESCAN_UNWATCHED,
         };
-        if tokio::time::timeout(interval, self.shared.wake.notified())
-            .await
-            .is_err()
-        {
-            if self.watcher.is_none() {
-                self.connect();
+        while !self.shared.is_pending() {
+            let woken = tokio::time::timeout(interval, self.shared.wake.notified()).await;
+            if woken.is_err() {
+                if self.watcher.is_none() {
+                    self.connect();
+                }
+                return Changes::Unknown;
             }
-            return Changes::Unknown;
         }
         // An editor or `rename` makes several events of one edit.
         let gathered = async {
@@ -98,6 +99,13 @@ impl Watch {
 }
 
 impl Shared {
+    fn is_pending(&self) -> bool {
+        self.paths
+            .lock()
+            .as_ref()
+            .is_none_or(|paths| !paths.is_empty())
+    }
+
     fn take(&self, event: notify::Result<notify::Event>) {
         let mut paths = self.paths.lock();
         match event {
