@@ -61,9 +61,8 @@ pub struct Pod {
     /// SPIFFE URI.
     #[serde(default)]
     pub identity: serde_json::Value,
-    /// Enrolment.
-    #[serde(default)]
-    pub mesh: serde_json::Value,
+    /// Enrolment: `none`, `joining`, `enrolled`, `leaving` or `hbone`.
+    pub mesh: String,
     /// Path or name of the network namespace.
     pub netns: String,
     /// Process of the app.
@@ -101,8 +100,11 @@ pub struct Node {
     pub address: IpAddr,
     /// Path or name of the network namespace.
     pub netns: String,
-    /// The proxy's supervisor.
-    pub proxy_pid: u32,
+    /// All InternalIPs.
+    pub addresses: Vec<IpAddr>,
+    /// The proxy's supervisor; 0 while there is none.
+    #[serde(rename = "proxySupervisorPid")]
+    pub supervisor: u32,
     /// The agent.
     pub agent_pid: u32,
 }
@@ -234,13 +236,20 @@ impl Lab {
     /// Whether a pod is in the mesh: enrolled, and every node knows.
     #[track_caller]
     pub fn is_enrolled(&self, pod: PodRef<'_>) -> bool {
-        match self.pod(pod).mesh {
-            serde_json::Value::Bool(enrolled) => enrolled,
-            serde_json::Value::String(state) => {
-                ["enforced", "enrolled"].contains(&state.to_lowercase().as_str())
-            }
-            _ => false,
-        }
+        self.pod(pod).mesh == "enrolled"
+    }
+
+    /// Waits until a pod's enrolment is in that state.
+    #[track_caller]
+    pub fn wait_for_mesh(&self, pod: PodRef<'_>, state: &str) {
+        wait_until(
+            &format!("{pod:?} to be {state}"),
+            Duration::from_secs(20),
+            || {
+                let mesh = self.pod(pod).mesh;
+                if mesh == state { Ok(()) } else { Err(mesh) }
+            },
+        );
     }
 
     /// All nodes.
@@ -319,7 +328,7 @@ impl Lab {
     /// The worker of a node's proxy, below its supervisor.
     #[track_caller]
     pub fn worker(&self, node: &str) -> u32 {
-        let supervisor = self.node(node).proxy_pid;
+        let supervisor = self.node(node).supervisor;
         wait_until(
             "a worker of the proxy",
             Duration::from_secs(10),
@@ -481,6 +490,7 @@ pub(crate) fn report(name: &str) {
         vec!["get", "pods"],
         vec!["get", "nodes"],
         vec!["logs", "controller"],
+        vec!["logs", "daemon"],
     ];
     for node in ["node/node-1", "node/node-2"] {
         queries.push(vec!["logs", node]);

@@ -139,7 +139,7 @@ fn restart(lab: &Lab, node: &str, which: &str) {
         if which == "--agent" {
             node.agent_pid
         } else {
-            node.proxy_pid
+            node.supervisor
         }
     };
     let before = pid();

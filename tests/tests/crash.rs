@@ -32,10 +32,10 @@ fn a_killed_worker_refuses_no_connection() {
         }
         // The supervisor too: whoever starts it again takes longer, but nobody is refused.
         let report = under_load(s, &lab, "far", || {
-            let supervisor = lab.node("node-1").proxy_pid;
+            let supervisor = lab.node("node-1").supervisor;
             signal(supervisor, Signal::SIGKILL);
             wait_for("another proxy", Duration::from_secs(20), || {
-                let now = lab.node("node-1").proxy_pid;
+                let now = lab.node("node-1").supervisor;
                 now != supervisor && now != 0
             });
         });
@@ -116,10 +116,10 @@ fn kill_worker(lab: &Lab, node: &str) {
 }
 
 fn replace_proxy(lab: &Lab, node: &str) {
-    let before = lab.node(node).proxy_pid;
+    let before = lab.node(node).supervisor;
     lab.restart(&[&format!("node/{node}"), "--proxy"]);
     wait_for("another proxy", Duration::from_secs(40), || {
-        let now = lab.node(node).proxy_pid;
+        let now = lab.node(node).supervisor;
         now != before && now != 0
     });
 }

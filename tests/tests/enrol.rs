@@ -40,10 +40,10 @@ fn connections_survive_enrolment_and_the_end_of_it() {
 
         // The callee first, then the caller: first an un-meshed caller, then a meshed one.
         lab.apply(&[meshed_namespace("callees")]).expect_ok();
-        wait_for_enrolment(&lab, SERVER, true);
+        lab.wait_for_mesh(SERVER, "enrolled");
         let half = hold("to a meshed server from outside");
         lab.apply(&[meshed_namespace("callers")]).expect_ok();
-        wait_for_enrolment(&lab, CLIENT, true);
+        lab.wait_for_mesh(CLIENT, "enrolled");
         wait_until("a tunnel in use", Duration::from_secs(10), || {
             who(&lab);
             let opened = mutual_tls(&lab);
@@ -57,9 +57,9 @@ fn connections_survive_enrolment_and_the_end_of_it() {
 
         // Out again in the same order: a meshed caller, a callee that leaves.
         lab.apply(&[namespace("callees", &[])]).expect_ok();
-        wait_for_enrolment(&lab, SERVER, false);
+        lab.wait_for_mesh(SERVER, "none");
         lab.apply(&[namespace("callers", &[])]).expect_ok();
-        wait_for_enrolment(&lab, CLIENT, false);
+        lab.wait_for_mesh(CLIENT, "none");
         let counted = mutual_tls(&lab);
         who(&lab);
         assert_eq!(mutual_tls(&lab), counted, "new connections go direct");
@@ -84,22 +84,6 @@ fn connections_survive_enrolment_and_the_end_of_it() {
             wait_for_no_trace(&lab, pod);
         }
     });
-}
-
-#[track_caller]
-fn wait_for_enrolment(lab: &Lab, pod: PodRef<'_>, wanted: bool) {
-    wait_until(
-        &format!("{pod:?} enrolled: {wanted}"),
-        Duration::from_secs(20),
-        || {
-            let mesh = lab.pod(pod).mesh;
-            if lab.is_enrolled(pod) == wanted {
-                Ok(())
-            } else {
-                Err(mesh)
-            }
-        },
-    );
 }
 
 /// The server sees the client's own address, whatever is in between.

@@ -58,13 +58,7 @@ fn modes_decide_on_callers_outside_the_mesh() {
             ("vault", "server"),
             ("vault", "web"),
         ] {
-            wait_until("enrolment", Duration::from_secs(20), || {
-                if lab.is_enrolled(pod) {
-                    Ok(())
-                } else {
-                    Err(lab.pod(pod).mesh)
-                }
-            });
+            lab.wait_for_mesh(pod, "enrolled");
         }
 
         // Permissive: both are served, and the labels say who was what.

@@ -15,7 +15,7 @@ fn proxies_have_no_privileges_and_refuse_any() {
         let lab = s.lab(2, &near_and_far());
         for node in lab.nodes() {
             lab.worker(&node.name);
-            let processes = family(node.proxy_pid);
+            let processes = family(node.supervisor);
             assert!(
                 processes.len() >= 2,
                 "a supervisor and a worker: {processes:?}"
@@ -41,7 +41,7 @@ fn proxies_have_no_privileges_and_refuse_any() {
         }
 
         // The same configuration, started by root with every capability.
-        let proxy = command_line(lab.node("node-1").proxy_pid);
+        let proxy = command_line(lab.node("node-1").supervisor);
         let mut words = proxy.split(' ').skip_while(|w| *w != "--config");
         let config = words
             .nth(1)

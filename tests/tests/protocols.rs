@@ -8,7 +8,6 @@ use warren_tests::load::attempt;
 use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service};
 use warren_tests::scenario::{Scenario, scenario};
 use warren_tests::servers::{mariadb, postgres, redis};
-use warren_tests::wait::wait_until;
 
 const CLIENT: PodRef<'_> = ("demo", "client");
 
@@ -20,13 +19,7 @@ fn a_server_that_speaks_first_is_heard_at_once() {
         let direct = greeting(&lab);
         lab.apply(&[meshed_namespace("demo")]).expect_ok();
         for pod in [CLIENT, ("demo", "mariadb")] {
-            wait_until("enrolment", Duration::from_secs(20), || {
-                if lab.is_enrolled(pod) {
-                    Ok(())
-                } else {
-                    Err(lab.pod(pod).mesh)
-                }
-            });
+            lab.wait_for_mesh(pod, "enrolled");
         }
         let before = tunnelled(&lab, "mariadb");
         let meshed = greeting(&lab);

@@ -118,7 +118,7 @@ struct Usage {
 impl Usage {
     #[track_caller]
     fn of(lab: &Lab, node: &str) -> Self {
-        let proxy = lab.node(node).proxy_pid;
+        let proxy = lab.node(node).supervisor;
         Self {
             rss_kib: rss_kib(proxy),
             descriptors: descriptors(proxy),

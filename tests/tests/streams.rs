@@ -83,7 +83,7 @@ fn a_reader_that_does_not_read_costs_little() {
         for server in ["far", "near"] {
             let target = format!("{server}:{BLAST}");
             let program = binary("mesh-try").display().to_string();
-            let usage = || ["node-1", "node-2"].map(|node| rss_kib(lab.node(node).proxy_pid));
+            let usage = || ["node-1", "node-2"].map(|node| rss_kib(lab.node(node).supervisor));
             let before = usage();
             let mut readers: Vec<_> = (0..8)
                 .map(|_| {
