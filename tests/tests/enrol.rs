@@ -8,11 +8,13 @@ use warren_tests::load::{HoldReport, LoadReport, Running, attempt};
 use warren_tests::manifest::{ECHO, Pod, WHO, account, echo_service, meshed_namespace, namespace};
 use warren_tests::process::run;
 use warren_tests::scenario::scenario;
-use warren_tests::wait::wait_until;
+use warren_tests::wait::{let_run, wait_until};
 
 const CLIENT: PodRef<'_> = ("callers", "client");
 const SERVER: PodRef<'_> = ("callees", "server");
 const TICK: Option<Duration> = Some(Duration::from_millis(20));
+const SETTLING: Duration = Duration::from_secs(20);
+const MUTUAL_TLS: &[(&str, &str)] = &[("security", "mutual_tls")];
 const SERVER_NAME: &str = "server.callees";
 
 #[test]
@@ -44,25 +46,18 @@ fn connections_survive_enrolment_and_the_end_of_it() {
         let half = hold("to a meshed server from outside");
         lab.apply(&[meshed_namespace("callers")]).expect_ok();
         lab.wait_for_mesh(CLIENT, "enrolled");
-        wait_until("a tunnel in use", Duration::from_secs(10), || {
-            who(&lab);
-            let opened = mutual_tls(&lab);
-            if opened > 0.0 {
-                Ok(())
-            } else {
-                Err("no connection in a tunnel yet")
-            }
-        });
+        wait_until("tunnels in use", SETTLING, || grows(&lab, MUTUAL_TLS, true));
+        who(&lab);
         let during = hold("during enrolment");
 
         // Out again in the same order: a meshed caller, a callee that leaves.
         lab.apply(&[namespace("callees", &[])]).expect_ok();
-        lab.wait_for_mesh(SERVER, "none");
+        wait_until("plaintext to the callee", SETTLING, || {
+            grows(&lab, MUTUAL_TLS, false)
+        });
         lab.apply(&[namespace("callers", &[])]).expect_ok();
-        lab.wait_for_mesh(CLIENT, "none");
-        let counted = mutual_tls(&lab);
+        wait_until("no capture any more", SETTLING, || grows(&lab, &[], false));
         who(&lab);
-        assert_eq!(mutual_tls(&lab), counted, "new connections go direct");
         let after = hold("after enrolment");
 
         load.stop::<LoadReport>()
@@ -81,6 +76,7 @@ fn connections_survive_enrolment_and_the_end_of_it() {
             );
         }
         for pod in [CLIENT, SERVER] {
+            lab.wait_for_mesh(pod, "none");
             wait_for_no_trace(&lab, pod);
         }
     });
@@ -102,10 +98,25 @@ fn who(lab: &Lab) {
     );
 }
 
-fn mutual_tls(lab: &Lab) -> f64 {
-    let labels = [("reporter", "source"), ("security", "mutual_tls")];
-    lab.metrics("node-1")
-        .sum("warren_tcp_connections_opened_total", &labels)
+/// Whether the load's connections are counted by the caller's proxy, or not any more.
+fn grows(lab: &Lab, more: &[(&str, &str)], wanted: bool) -> Result<(), String> {
+    let labels = [
+        &[("reporter", "source"), ("source_workload", "client")],
+        more,
+    ]
+    .concat();
+    let counted = || {
+        let metrics = lab.metrics("node-1");
+        metrics.sum("warren_tcp_connections_opened_total", &labels)
+    };
+    let before = counted();
+    let_run(Duration::from_millis(500));
+    let grown = counted() - before;
+    if (grown > 0.0) == wanted {
+        Ok(())
+    } else {
+        Err(format!("{grown} connections in half a second"))
+    }
 }
 
 /// No capture rule, ip rule, route or listener of the mesh in the pod's namespace.
