@@ -42,7 +42,14 @@ pub struct Discovery {
     pub identities: Arc<Identities>,
     /// The connection to the controller.
     pub controller: Controller,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
+}
+
+impl Discovery {
+    /// Ends, with everything written that is to be kept.
+    pub async fn shut_down(mut self) {
+        self.tasks.shutdown().await;
+    }
 }
 
 /// Loads what is on disk and starts to follow the controller. Needs a tokio runtime.
@@ -82,7 +89,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Discovery {
         table,
         identities,
         controller,
-        _tasks: tasks,
+        tasks,
     }
 }
 

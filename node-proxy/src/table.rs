@@ -319,7 +319,7 @@ impl Table {
 
     /// Unsubscribes from addresses that nobody has asked for in a while.
     pub fn expire_demand(&self) {
-        self.demand.expire();
+        self.demand.expire(tokio::time::Instant::now());
     }
 
     async fn wait<T>(&self, limit: Duration, mut found: impl FnMut() -> Option<T>) -> Option<T> {

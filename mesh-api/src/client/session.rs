@@ -149,8 +149,10 @@ impl Session {
                     Ok(renewed) => {
                         connection = renewed;
                         due = self.renewal();
-                        backoff.reset();
-                        earliest = Instant::now() + RENEW_MIN;
+                        if due > SystemTime::now() {
+                            backoff.reset();
+                        }
+                        earliest = Instant::now() + backoff.delay();
                     }
                     Err(e) => {
                         let delay = backoff.delay();

@@ -39,11 +39,16 @@ pub(super) async fn keep(identities: Weak<Identities>, identity: Identity, seria
             Ok(None) => return,
             Ok(Some(issued)) => {
                 tracing::info!(%identity, renewed = held.is_some(), "certificate issued");
+                let now = (all.clock)();
+                let lasting = issued.life(0.55) > now && is_trusted(&all, &issued, now);
+                if lasting {
+                    backoff.reset();
+                    warned = false;
+                } else {
+                    tracing::warn!(%identity, "the certificate issued is to be renewed already: check the clocks and that the trust bundle holds the issuing root");
+                }
                 held = Some(issued);
-                backoff.reset();
-                warned = false;
-                // A CA that issues what is already due is asked no more than once in this time.
-                RETRY_MIN
+                backoff.delay()
             }
             Err(error) => {
                 let expired = held.as_ref().is_some_and(|h| h.not_after <= (all.clock)());

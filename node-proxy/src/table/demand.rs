@@ -94,9 +94,8 @@ impl Demand {
     }
 
     /// Gives up what has not been used for [`UNUSED`].
-    pub(super) fn expire(&self) {
+    pub(super) fn expire(&self, now: Instant) {
         let mut asked = self.asked.lock();
-        let now = Instant::now();
         let unused: Vec<IpAddr> = asked
             .iter()
             .filter(|(_, a)| now.duration_since(a.used) > UNUSED)

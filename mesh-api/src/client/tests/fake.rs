@@ -155,8 +155,14 @@ impl Fake {
     }
 
     /// The root of the server's certificate, DER.
-    pub(crate) fn root(&self) -> Vec<u8> {
+    fn root(&self) -> Vec<u8> {
         self.state.root.der.to_vec()
+    }
+
+    /// All roots, DER.
+    pub(crate) fn bundle(&self) -> Vec<bytes::Bytes> {
+        let clients = self.state.clients.lock().der.to_vec();
+        vec![self.root().into(), clients.into()]
     }
 
     /// Closes the listener and every connection.
