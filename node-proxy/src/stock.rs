@@ -74,6 +74,10 @@ struct ShelfState {
 #[derive(Debug)]
 pub struct Supply {
     descriptor_limit: usize,
+    /// Counts the descriptors of the process.
+    open: fn() -> usize,
+    /// Tells the time. Tests bring their own.
+    now: fn() -> Instant,
     stocked: AtomicUsize,
     wants: Mutex<HashSet<Want>>,
     wanted: Notify,
@@ -137,9 +141,9 @@ impl Stock {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
         if usable {
-            state.rate.add(-1.0, Instant::now());
+            state.rate.add(-1.0, (self.supply.now)());
         }
-        let kept = usable && state.sockets.len() < shelf.level(&mut state);
+        let kept = usable && state.sockets.len() < self.level(shelf, &mut state);
         if kept {
             state.sockets.push(socket);
             self.supply.stocked.fetch_add(1, Ordering::Relaxed);
@@ -161,7 +165,7 @@ impl Stock {
     pub fn open_request(&self, v6: bool) -> Option<u32> {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
-        let level = shelf.level(&mut state);
+        let level = self.level(shelf, &mut state);
         let have = state.sockets.len();
         if state.requested || !shelf.is_low(&state, level) {
             return None;
@@ -210,7 +214,7 @@ impl Stock {
         for v6 in [false, true] {
             let shelf = self.shelf(v6);
             let mut state = shelf.state.lock();
-            let level = shelf.level(&mut state);
+            let level = self.level(shelf, &mut state);
             let surplus = state.sockets.len().saturating_sub(level);
             let closed: Vec<OwnedFd> = state.sockets.drain(..surplus).collect();
             drop(state);
@@ -224,8 +228,8 @@ impl Stock {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
         let socket = state.sockets.pop()?;
-        state.rate.add(1.0, Instant::now());
-        let level = shelf.level(&mut state);
+        state.rate.add(1.0, (self.supply.now)());
+        let level = self.level(shelf, &mut state);
         let low = shelf.is_low(&state, level);
         drop(state);
         self.supply.stocked.fetch_sub(1, Ordering::Relaxed);
@@ -238,12 +242,20 @@ impl Stock {
     fn want_if_low(&self, v6: bool) {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
-        let level = shelf.level(&mut state);
+        let level = self.level(shelf, &mut state);
         let low = shelf.is_low(&state, level);
         drop(state);
         if low {
             self.want(v6);
         }
+    }
+
+    /// How many sockets are to be ready.
+    fn level(&self, shelf: &Shelf, state: &mut ShelfState) -> usize {
+        let lasting = state.rate.per_second((self.supply.now)()) * LASTS_SECONDS;
+        // A float to integer cast saturates.
+        let lasting = lasting.ceil() as usize;
+        shelf.floor.load(Ordering::Relaxed).max(lasting)
     }
 
     fn want(&self, v6: bool) {
@@ -274,15 +286,6 @@ impl Shelf {
             }),
             filled: Notify::new(),
         }
-    }
-
-    /// How many sockets are to be ready.
-    fn level(&self, state: &mut ShelfState) -> usize {
-        let lasting = state.rate.per_second(Instant::now()) * LASTS_SECONDS;
-        // A float to integer cast saturates.
-        self.floor
-            .load(Ordering::Relaxed)
-            .max(lasting.ceil() as usize)
     }
 
     fn is_low(&self, state: &ShelfState, level: usize) -> bool {
@@ -340,6 +343,8 @@ impl Supply {
     pub fn new(descriptor_limit: u64, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             descriptor_limit: usize::try_from(descriptor_limit).unwrap_or(usize::MAX),
+            open: process::open_descriptors,
+            now: Instant::now,
             stocked: AtomicUsize::new(0),
             wants: Mutex::default(),
             wanted: Notify::new(),
@@ -376,7 +381,7 @@ impl Supply {
     /// How many more sockets all stocks together may hold beyond their floors.
     fn room(&self) -> usize {
         let stocked = self.stocked();
-        let elsewhere = process::open_descriptors().saturating_sub(stocked);
+        let elsewhere = (self.open)().saturating_sub(stocked);
         let bound = self.descriptor_limit.saturating_sub(elsewhere) / 4;
         bound.saturating_sub(stocked)
     }

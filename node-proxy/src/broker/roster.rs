@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_api::proto::broker::Listener;
 use mesh_api::proto::mesh::NodePod;
@@ -24,6 +25,7 @@ use crate::table::Table;
 use crate::worker::{PodListeners, Workers};
 
 const POD_LISTENERS: [Listener; 3] = [Listener::Outbound, Listener::Inbound, Listener::Hbone];
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 const HOST_LISTENERS: [Listener; 2] = [Listener::TunnelV4, Listener::TunnelV6];
 
 /// Pods, listeners and what serves them.
@@ -319,6 +321,15 @@ impl Roster {
         };
         parts.pods.add(&pod);
         parts.identities.ready(&pod.identity).await;
+        // Fails when the process is out of descriptors, which passes.
+        while let Err(reason) = self.accept(uid, &pod) {
+            tracing::warn!(pod = %uid, reason, "the pod cannot be served yet; trying again");
+            tokio::time::sleep(ACCEPT_AGAIN).await;
+        }
+        Ok(())
+    }
+
+    fn accept(&self, uid: &str, pod: &Arc<Pod>) -> Result<(), String> {
         let state = self.state.lock();
         let Some(entry) = state.entries.get(uid) else {
             return Ok(());
@@ -328,10 +339,11 @@ impl Roster {
             inbound: entry.listeners.duplicate(Listener::Inbound)?,
             hbone: entry.listeners.duplicate(Listener::Hbone)?,
         };
-        parts.pods.serve(&pod);
-        parts.workers.add_pod(Arc::clone(&pod), listeners);
+        self.parts.pods.serve(pod);
+        self.parts.workers.add_pod(Arc::clone(pod), listeners);
         let info = pod.info.load();
-        tracing::info!(pod = %format_args!("{}/{}", info.namespace, info.name), identity = %pod.identity, "serving");
+        let name = format_args!("{}/{}", info.namespace, info.name);
+        tracing::info!(pod = %name, identity = %pod.identity, "serving");
         Ok(())
     }
 }

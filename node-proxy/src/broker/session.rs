@@ -122,6 +122,8 @@ impl Session<'_> {
                 () = ended(&mut self.completion) => {
                     self.completion = None;
                     self.complete = true;
+                    // Every identity that is wanted here is asked for by now.
+                    self.broker.roster.parts.identities.wipe_unwanted();
                     self.say_ready()?;
                 }
                 wants = self.broker.supply.wants() => self.ask(wants)?,
