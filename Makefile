@@ -23,11 +23,12 @@ lab-down: ## stop the demo mesh and remove every trace of it
 	target/release/warren lab down --name $(LAB)
 
 clean-lab: ## the same for all labs, also those whose `up` was killed
-	@scripts/clean-lab.sh
+	target/release/warren lab down --all
 
 check: ## the quick look: fmt, clippy, unit tests (a few minutes)
 	@scripts/install-deps.sh build
 	cargo fmt --all --check
+	scripts/check-docs.sh
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	cargo test --release --workspace --lib
 

@@ -85,9 +85,9 @@ pub(super) fn remove_stale() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name
             .strip_prefix(PREFIX)
-            .and_then(|rest| rest.split('-').next());
+            .and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if let Some(pid) = owner
-            && !Path::new("/proc").join(pid).exists()
+            && !Path::new(&format!("/proc/{pid}")).exists()
         {
             let _ = succeed(&mut command(&format!("ip netns delete {name}")));
         }

@@ -12,7 +12,7 @@ use std::process::Command;
 use serde::Deserialize;
 
 use super::arm::{FIRST_CORE, PORT, SECOND_CORE};
-use super::process::{self, command, succeed};
+use super::process::{self, succeed};
 use super::{Error, Options, io};
 
 /// A running lab; taken down when dropped.
@@ -33,16 +33,16 @@ struct Pod {
     namespace: String,
     node: String,
     netns: PathBuf,
-    pid: Option<u32>,
+    /// 0 without a process.
+    pid: u32,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Node {
     name: String,
-    netns: PathBuf,
-    proxy_pid: Option<u32>,
-    metrics_url: Option<String>,
+    /// The worker is its child. 0 without a process.
+    proxy_supervisor_pid: u32,
 }
 
 impl Lab {
@@ -77,14 +77,10 @@ impl Lab {
             }
         };
         for node in self.nodes()? {
-            if let Some(pid) = node.proxy_pid {
-                process::pin(pid, core(&node.name))?;
-            }
+            process::pin(node.proxy_supervisor_pid, core(&node.name))?;
         }
         for pod in self.pods()? {
-            if let Some(pid) = pod.pid {
-                process::pin(pid, core(&pod.node))?;
-            }
+            process::pin(pod.pid, core(&pod.node))?;
         }
         Ok(())
     }
@@ -102,8 +98,7 @@ impl Lab {
             true => self
                 .nodes()?
                 .iter()
-                .filter_map(|n| n.proxy_pid)
-                .map(process::tree)
+                .map(|n| process::tree(n.proxy_supervisor_pid))
                 .collect(),
         };
         Ok(Way {
@@ -118,14 +113,7 @@ impl Lab {
         let version = succeed(Command::new(&self.warren).arg("--version")).unwrap_or_default();
         let mut facts = vec![("warren version".to_owned(), version.trim().to_owned())];
         for node in self.nodes().unwrap_or_default() {
-            let Some(url) = node.metrics_url else {
-                continue;
-            };
-            let scrape = format!(
-                "nsenter --net={} curl -sS --max-time 5 {url}",
-                node.netns.display()
-            );
-            let metrics = succeed(&mut command(&scrape)).unwrap_or_default();
+            let metrics = succeed(self.lab("metrics").arg(&node.name)).unwrap_or_default();
             let handshakes = metrics.lines().filter(|line| line.starts_with(HANDSHAKES));
             facts.extend(handshakes.map(|line| (format!("warren {}", node.name), line.to_owned())));
         }
