@@ -216,7 +216,8 @@ fn every_field_of_a_resource_is_judged() {
         let applied = table.apply(Kind::Workload.type_url(), &[update("x", &message)], &[]);
         applied.result().unwrap_err()
     };
-    let cases: [(fn(&mut mesh::Workload), &str); 9] = [
+    type Change = fn(&mut mesh::Workload);
+    let cases: [(Change, &str); 9] = [
         (|w| w.uid = "y".into(), "uid"),
         (|w| w.namespace = "a/b".into(), "identity"),
         (|w| w.addresses = vec![], "addresses"),
@@ -371,7 +372,7 @@ fn endpoints_come_from_all_slices_by_port_name() {
         &["10.96.0.1"],
         &[("http", 80, 0), ("metrics", 9000, 0)],
     );
-    put(&table, Kind::Service, &[web.clone()]);
+    put(&table, Kind::Service, &[web]);
     let http = port(&table, "10.96.0.1:80");
     assert_eq!(endpoints(&http), BTreeSet::from(["10.0.0.1:8080".into()]));
     assert_eq!(
