@@ -359,7 +359,7 @@ impl Listeners {
     }
 
     fn as_host(&self) -> to_proxy::Body {
-        let host_addresses = vec![vec![10, 0, 0, 9].into()];
+        let host_addresses = vec![vec![10, 0, 0, 9]];
         to_proxy::Body::HostListeners(HostListeners {
             listeners: self.kinds.clone(),
             host_addresses,

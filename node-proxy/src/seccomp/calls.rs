@@ -174,7 +174,8 @@ pub(super) const FAMILIES: [u64; 3] = [
 ];
 
 /// What the worker may ask of a descriptor: to be non-blocking or close-on-exec, how much waits in its
-/// queues, whether it is a terminal.
+/// queues, whether it is a terminal. They are u64 with glibc and c_int with musl.
+#[allow(clippy::unnecessary_cast)]
 pub(super) const IOCTLS: [u64; 5] = [
     libc::FIONBIO as u64,
     libc::FIOCLEX as u64,
