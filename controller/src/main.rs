@@ -61,6 +61,8 @@ fn start_log(config: &Config) {
     let filter = EnvFilter::builder().parse_lossy(&config.log);
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // A log that nobody reads any more must not end the process.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => log.with_ansi(false).init(),

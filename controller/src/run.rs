@@ -147,7 +147,12 @@ impl Controller {
                 health_page(path, stopping, readable.load(Ordering::Relaxed), &authority)
             })
         });
-        tracing::info!(address = %controller.address, "controller ready");
+        tracing::info!(
+            address = %controller.address,
+            metrics = %controller.metrics_address,
+            health = %controller.health_address,
+            "controller ready"
+        );
         Ok(controller)
     }
 

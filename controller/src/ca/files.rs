@@ -170,6 +170,10 @@ fn root(
     key: KeyPair,
     trust_domain: &str,
 ) -> Result<Root, CaError> {
+    let public = key.public_key_raw();
+    if !der.windows(public.len()).any(|part| part == public) {
+        return Err(file(path, "root.key is not the key of this certificate"));
+    }
     let issuer = Issuer::from_ca_cert_der(&der, key)
         .map_err(|e| file(path, format!("cannot be used as a root: {e}")))?;
     let not_after = tls::not_after(&der)
@@ -191,22 +195,19 @@ fn root(
     let judge = |leaf: &CertificateDer<'_>| {
         tls::verify_chain(&store, tls::PeerRole::Client, leaf, &[], now())
     };
-    // A leaf of its own must verify: another key, an expired root or a name that cannot be repeated
-    // exactly would be noticed only by every node otherwise.
+    // A leaf of its own must verify: an algorithm that is not supported or a name that cannot be
+    // repeated exactly would be noticed only by every node otherwise.
     let trial = KeyPair::generate().map_err(CaError::Sign)?;
     let name = format!("spiffe://{trust_domain}/warren/trial");
     let name = SanType::URI(name.as_str().try_into().map_err(CaError::Sign)?);
     let leaf = super::sign(&root, name, &trial, std::time::Duration::from_secs(60))?;
     judge(&leaf).map_err(|e| {
-        let message = match e {
-            rustls::Error::InvalidCertificate(rustls::CertificateError::BadSignature) => {
-                "root.key is not the key of this certificate".to_owned()
-            }
-            other => format!("a certificate signed by it is not accepted: {other}"),
-        };
-        file(path, message)
+        file(
+            path,
+            format!("a certificate signed by it is not accepted: {e}"),
+        )
     })?;
-    if judge(&root.der).is_ok_and(|()| true) {
+    if judge(&root.der).is_ok() {
         return Err(file(path, "is not a CA certificate (basic constraints)"));
     }
     Ok(root)

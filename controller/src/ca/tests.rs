@@ -1,1 +1,210 @@
+use std::path::Path;
 
+use tempfile::TempDir;
+
+use super::*;
+
+fn settings(dir: &TempDir) -> Settings {
+    Settings {
+        directory: dir.path().join("ca"),
+        trust_domain: "cluster.local".into(),
+        leaf_lifetime: Duration::from_secs(24 * 3600),
+        node_lifetime: Duration::from_secs(3600),
+    }
+}
+
+fn testdata(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("src/ca/testdata")
+        .join(name);
+    std::fs::read_to_string(path).unwrap()
+}
+
+fn open_with(cert: &str, key: &str) -> Result<(TempDir, Authority), CaError> {
+    let dir = TempDir::new().unwrap();
+    let settings = settings(&dir);
+    std::fs::create_dir(&settings.directory).unwrap();
+    std::fs::write(settings.directory.join("root.crt"), cert).unwrap();
+    std::fs::write(settings.directory.join("root.key"), key).unwrap();
+    Authority::open(settings).map(|authority| (dir, authority))
+}
+
+fn csr() -> Vec<u8> {
+    let key = KeyPair::generate().unwrap();
+    CertificateParams::default()
+        .serialize_request(&key)
+        .unwrap()
+        .der()
+        .to_vec()
+}
+
+fn identity() -> Identity {
+    "spiffe://cluster.local/ns/demo/sa/web".parse().unwrap()
+}
+
+fn verify(issued: &Issued) {
+    let roots = tls::roots(issued.trust_bundle.iter().map(Vec::as_slice)).unwrap();
+    let leaf = CertificateDer::from(issued.chain[0].clone());
+    let now = rustls_pki_types::UnixTime::now();
+    for role in [tls::PeerRole::Client, tls::PeerRole::Server] {
+        tls::verify_chain(&roots, role, &leaf, &[], now).unwrap();
+    }
+    assert_eq!(tls::uri_name(&leaf).unwrap(), identity().as_str());
+}
+
+#[test]
+fn a_root_is_made_once_and_its_key_is_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = TempDir::new().unwrap();
+    let authority = Authority::open(settings(&dir)).unwrap();
+    verify(&authority.issue_workload(&identity(), &csr()).unwrap());
+    let mode = |name: &str| {
+        let path = authority.directory().join(name);
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!(
+        (mode("root.key"), mode("root.crt"), mode("bundle.pem")),
+        (0o600, 0o644, 0o644)
+    );
+    let again = Authority::open(settings(&dir)).unwrap();
+    assert_eq!(again.bundle(), authority.bundle());
+    // Another directory, another subject: equal ones confuse who looks for an issuer by name.
+    let other = TempDir::new().unwrap();
+    let other = Authority::open(settings(&other)).unwrap();
+    let subject = |a: &Authority| {
+        let der = CertificateDer::from(a.bundle().remove(0));
+        webpki::anchor_from_trusted_cert(&der)
+            .unwrap()
+            .subject
+            .to_vec()
+    };
+    assert_ne!(subject(&authority), subject(&other));
+}
+
+#[test]
+fn roots_of_users_are_used_as_they_are() {
+    for name in ["ec-sec1", "ec-p384", "rsa"] {
+        let (cert, key) = (
+            testdata(&format!("{name}.crt")),
+            testdata(&format!("{name}.key")),
+        );
+        let (_dir, authority) = open_with(&cert, &key).unwrap();
+        verify(&authority.issue_workload(&identity(), &csr()).unwrap());
+        authority.server_config().unwrap();
+        assert_eq!(
+            std::fs::read_to_string(authority.directory().join("root.crt")).unwrap(),
+            cert
+        );
+        assert_eq!(
+            std::fs::read_to_string(authority.directory().join("root.key")).unwrap(),
+            key
+        );
+    }
+}
+
+#[test]
+fn an_unusable_root_is_refused_with_the_reason() {
+    let (ec, rsa) = (testdata("ec-sec1.crt"), testdata("rsa.key"));
+    for (cert, key, expected) in [
+        (
+            ec.as_str(),
+            rsa.as_str(),
+            "root.crt: root.key is not the key of this certificate",
+        ),
+        (
+            &testdata("not-a-ca.crt"),
+            &rsa,
+            "root.crt: is not a CA certificate",
+        ),
+        (
+            &expired(&rsa),
+            &rsa,
+            "the root certificate expired at 2021-01-01",
+        ),
+        ("", &rsa, "root.crt: expected a certificate in PEM"),
+        (
+            &ec,
+            "",
+            "root.key: expected an unencrypted private key in PEM",
+        ),
+    ] {
+        let error = open_with(cert, key).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}\n{expected}");
+    }
+    for (present, missing) in [("root.crt", "root.key"), ("root.key", "root.crt")] {
+        let dir = TempDir::new().unwrap();
+        let settings = settings(&dir);
+        std::fs::create_dir(&settings.directory).unwrap();
+        std::fs::write(settings.directory.join(present), "x").unwrap();
+        let error = Authority::open(settings).unwrap_err().to_string();
+        assert!(error.contains(&format!("{missing}: is missing")), "{error}");
+    }
+}
+
+fn expired(key: &str) -> String {
+    let mut params = CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    params
+        .self_signed(&KeyPair::from_pem(key).unwrap())
+        .unwrap()
+        .pem()
+}
+
+#[test]
+fn a_leaf_never_outlives_its_root() {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.not_after = OffsetDateTime::now_utc() + Duration::from_secs(3600);
+    let cert = params.self_signed(&key).unwrap();
+    let (_dir, authority) = open_with(&cert.pem(), &key.serialize_pem()).unwrap();
+    let issued = authority.issue_workload(&identity(), &csr()).unwrap();
+    let leaf = CertificateDer::from(issued.chain[0].clone());
+    assert_eq!(tls::not_after(&leaf), tls::not_after(cert.der()));
+}
+
+#[test]
+fn extra_roots_are_trusted_and_do_not_sign() {
+    let dir = TempDir::new().unwrap();
+    let authority = Authority::open(settings(&dir)).unwrap();
+    let extra = testdata("rsa.crt") + &testdata("ec-p384.crt") + &testdata("rsa.crt");
+    std::fs::write(authority.directory().join("bundle-extra.pem"), extra).unwrap();
+    let changed = authority.reload().unwrap();
+    assert_eq!(
+        changed,
+        Changed {
+            bundle: true,
+            pending: false
+        }
+    );
+    assert_eq!(authority.bundle().len(), 3);
+    verify(&authority.issue_workload(&identity(), &csr()).unwrap());
+    assert_eq!(
+        authority.reload().unwrap(),
+        Changed {
+            bundle: false,
+            pending: false
+        }
+    );
+}
+
+#[test]
+fn keys_of_all_good_kinds_are_certified_and_weak_ones_are_not() {
+    let dir = TempDir::new().unwrap();
+    let authority = Authority::open(settings(&dir)).unwrap();
+    let request = |key: &KeyPair| CertificateParams::default().serialize_request(key).unwrap();
+    for algorithm in [
+        &rcgen::PKCS_ECDSA_P256_SHA256,
+        &rcgen::PKCS_ECDSA_P384_SHA384,
+        &rcgen::PKCS_ED25519,
+    ] {
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let issued = authority.issue_workload(&identity(), request(&key).der());
+        assert!(issued.is_ok(), "{issued:?}");
+    }
+    let rsa = KeyPair::from_pem(&testdata("rsa.key")).unwrap();
+    authority
+        .issue_workload(&identity(), request(&rsa).der())
+        .unwrap();
+}

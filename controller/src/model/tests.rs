@@ -1,1 +1,123 @@
+use std::collections::BTreeMap;
 
+use mesh_api::names::{EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_CIDRS, EXCLUDE_OUTBOUND_PORTS};
+
+use super::*;
+
+// What a good object becomes is in the golden test of `resources`. Here: objects with mistakes, which a
+// directory would not let through but Kubernetes does.
+
+fn objects(label: Option<(&str, &str)>, pod: &str) -> Objects {
+    let labels = label.map(|(k, v)| BTreeMap::from([(k.to_owned(), v.to_owned())]));
+    let mut namespace = k8s_openapi::api::core::v1::Namespace::default();
+    namespace.metadata.labels = labels;
+    let pod: k8s_openapi::api::core::v1::Pod = serde_norway::from_str(pod).unwrap();
+    Objects {
+        namespaces: [("demo".to_owned(), namespace.into())].into(),
+        pods: [(("demo".to_owned(), "web".to_owned()), pod.into())].into(),
+        ..Default::default()
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        trust_domain: "cluster.local".into(),
+        mode: Mode::Permissive,
+    }
+}
+
+const POD: &str = "
+metadata: {name: web, namespace: demo, uid: u}
+spec: {nodeName: n, containers: [{name: c}]}
+";
+
+#[test]
+fn a_mode_that_does_not_exist_is_strict() {
+    let model = build(&objects(Some((MODE_LABEL, "Strict")), POD), &settings());
+    assert_eq!(model.pods["u"].mode, Mode::Strict);
+    assert_eq!(
+        model.warnings,
+        ["Namespace demo: warren-mesh.io/mode: expected permissive or strict, found \"Strict\""]
+    );
+}
+
+#[test]
+fn a_label_that_means_nothing_does_not_opt_in() {
+    let model = build(&objects(Some((MESH_LABEL, "true")), POD), &settings());
+    assert!(!model.pods["u"].opted_in);
+    assert_eq!(model.warnings.len(), 1);
+    // The pod's own mistake leaves its namespace's word.
+    let pod = POD.replace("uid: u", "uid: u, labels: {warren-mesh.io/mesh: 'on'}");
+    let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
+    assert!(model.pods["u"].opted_in);
+    assert!(
+        model.warnings[0].starts_with("Pod demo/web: warren-mesh.io/mesh: expected enabled or")
+    );
+}
+
+#[test]
+fn a_bad_probe_is_named_and_the_others_count() {
+    let pod = POD.replace(
+        "{name: c}",
+        "{name: c, livenessProbe: {httpGet: {port: http}}, readinessProbe: {tcpSocket: {port: 0}}, \
+         startupProbe: {grpc: {port: 9}}}",
+    );
+    let model = build(&objects(None, &pod), &settings());
+    assert_eq!(model.pods["u"].probes.len(), 1);
+    assert_eq!(
+        model.warnings,
+        [
+            "Pod demo/web: spec.containers[0].livenessProbe: the container has no port named \
+             \"http\"; this probe is ignored",
+            "Pod demo/web: spec.containers[0].readinessProbe: expected a port from 1 to 65535, \
+             found 0; this probe is ignored",
+        ]
+    );
+}
+
+#[test]
+fn every_bad_exclusion_is_reported_and_the_good_ones_count() {
+    let annotations = BTreeMap::from([
+        (
+            EXCLUDE_INBOUND_PORTS.to_owned(),
+            "80,http,0,70000,443".to_owned(),
+        ),
+        (EXCLUDE_OUTBOUND_PORTS.to_owned(), " ".to_owned()),
+        (
+            EXCLUDE_OUTBOUND_CIDRS.to_owned(),
+            "10.1.2.3/8,,10.0.0.0/33".to_owned(),
+        ),
+    ]);
+    let (exclusions, mistakes) = Exclusions::read(&annotations);
+    assert_eq!(exclusions.inbound_ports, [80, 443]);
+    assert_eq!(exclusions.outbound_ports, [0u16; 0]);
+    let cidrs: Vec<String> = exclusions
+        .outbound_cidrs
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(cidrs, ["10.0.0.0/8"]);
+    let found: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+    let ports = "warren-mesh.io/exclude-inbound-ports: expected ports from 1 to 65535, \
+                 comma-separated; found";
+    let nets = "warren-mesh.io/exclude-outbound-cidrs: expected networks such as 10.0.0.0/8, \
+                comma-separated; found";
+    assert_eq!(
+        found,
+        [
+            format!("{ports} \"http\""),
+            format!("{ports} \"0\""),
+            format!("{ports} \"70000\""),
+            format!("{nets} \"\""),
+            format!("{nets} \"10.0.0.0/33\""),
+        ]
+    );
+}
+
+#[test]
+fn a_pod_that_cannot_have_an_identity_is_left_out_aloud() {
+    let pod = POD.replace("spec: {", "spec: {serviceAccountName: 'a b', ");
+    let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
+    assert!(model.pods.is_empty());
+    assert!(model.warnings[0].starts_with("Pod demo/web: is left out of the mesh: identity"));
+}

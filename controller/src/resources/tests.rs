@@ -1,1 +1,221 @@
+use std::fmt::Write as _;
+use std::path::Path;
 
+use mesh_api::proto::mesh::{EndpointSlice, Mode, Service};
+use prost::Message;
+
+use super::*;
+use crate::enrolment::Stored;
+use crate::model::{self, Settings};
+use crate::providers::directory::{Reader, parse_text};
+use crate::watch::Changes;
+
+const MANIFESTS: &str = include_str!("testdata/mesh.yaml");
+const STORED: &str = r#"{"nodes": [], "pods": {
+    "uid-web": {"node": "node-1", "addresses": [], "phase": "enforced"},
+    "uid-out": {"node": "node-1", "addresses": ["10.1.1.3"], "phase": "withdrawn"},
+    "uid-db": {"node": "node-2", "addresses": ["10.1.2.2"], "phase": "tunnel"},
+    "uid-stale": {"node": "node-3", "addresses": [], "phase": "leaving"}
+}}"#;
+
+fn settings() -> Settings {
+    Settings {
+        trust_domain: "cluster.local".into(),
+        mode: Mode::Permissive,
+    }
+}
+
+fn model(manifests: &str) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("m.yaml"), manifests).unwrap();
+    let mut reader = Reader::new(dir.path());
+    let objects = reader.read(&Changes::Unknown).unwrap();
+    assert_eq!(reader.mistakes(), []);
+    model::build(&objects, &settings())
+}
+
+fn enrolment() -> Enrolment {
+    let stored: Stored = serde_json::from_str(STORED).unwrap();
+    Enrolment::restore(&stored)
+}
+
+/// `UPDATE_GOLDEN=1 cargo test` writes the file anew; review its diff.
+#[test]
+fn golden() {
+    let model = model(MANIFESTS);
+    let snapshot = build(&model, &enrolment(), &[vec![1, 2, 3]], &Snapshot::default());
+    let text = render(&model, &snapshot);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/resources/testdata/mesh.golden");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let golden = std::fs::read_to_string(&path).unwrap();
+    for (line, (is, should)) in text.lines().zip(golden.lines()).enumerate() {
+        assert_eq!(is, should, "{}:{}", path.display(), line + 1);
+    }
+    assert_eq!(text.len(), golden.len());
+}
+
+#[test]
+fn an_unchanged_table_is_shared_and_a_small_edit_is_a_small_change() {
+    let enrolment = enrolment();
+    let first = build(&model(MANIFESTS), &enrolment, &[], &Snapshot::default());
+    let same = build(&model(MANIFESTS), &enrolment, &[], &first);
+    assert_eq!(same.seq, first.seq + 1);
+    assert!(Arc::ptr_eq(&first.workloads, &same.workloads));
+    assert!(Arc::ptr_eq(&first.services, &same.services));
+    assert!(Arc::ptr_eq(&first.mesh, &same.mesh));
+    assert!(Arc::ptr_eq(
+        &first.node_pods["node-1"],
+        &same.node_pods["node-1"]
+    ));
+
+    let edited = MANIFESTS.replace("ports: \"25\"", "ports: \"26\"");
+    let next = build(&model(&edited), &enrolment, &[], &same);
+    let changed: Vec<_> = next
+        .workloads
+        .iter()
+        .filter(|(uid, resource)| same.workloads.get(*uid) != Some(resource))
+        .map(|(uid, _)| &**uid)
+        .collect();
+    assert_eq!(changed, ["uid-web"]);
+    assert!(Arc::ptr_eq(&same.services, &next.services));
+    assert!(Arc::ptr_eq(
+        &same.node_pods["node-2"],
+        &next.node_pods["node-2"]
+    ));
+    assert!(!Arc::ptr_eq(
+        &same.node_pods["node-1"],
+        &next.node_pods["node-1"]
+    ));
+}
+
+#[test]
+fn a_version_says_the_content_and_nothing_else() {
+    let parsed = parse_text(Path::new("m.yaml"), MANIFESTS);
+    assert_eq!(parsed.mistakes, []);
+    let a = build(&model(MANIFESTS), &enrolment(), &[], &Snapshot::default());
+    // Another order of documents, other labels that are not used.
+    let mut documents: Vec<&str> = MANIFESTS.split("\n---\n").collect();
+    documents.reverse();
+    let shuffled = documents
+        .join("\n---\n")
+        .replace("labels: {app: web,", "labels: {tier: x,");
+    let b = build(&model(&shuffled), &enrolment(), &[], &Snapshot::default());
+    assert_eq!(a.workloads, b.workloads);
+    assert_eq!(a.slices, b.slices);
+}
+
+fn render(model: &Model, snapshot: &Snapshot) -> String {
+    let mut text = String::new();
+    for (name, resource) in &*snapshot.mesh {
+        let m = MeshConfig::decode(resource.body.clone()).unwrap();
+        writeln!(
+            text,
+            "MeshConfig {name}: {} bundle={} complete={} nodes={}\n",
+            m.trust_domain,
+            m.trust_bundle.len(),
+            m.services_complete,
+            ips(&m.node_addresses)
+        )
+        .unwrap();
+    }
+    for (name, resource) in &*snapshot.workloads {
+        let w = Workload::decode(resource.body.clone()).unwrap();
+        writeln!(
+            text,
+            "Workload {name}: {}/{} sa={} owner={}",
+            w.namespace, w.name, w.service_account, w.owner
+        )
+        .unwrap();
+        writeln!(
+            text,
+            "  {:?} {:?} at {} on {} via {}",
+            w.state(),
+            w.tunnel(),
+            ips(&w.addresses),
+            w.node,
+            ips(&w.node_addresses)
+        )
+        .unwrap();
+        writeln!(
+            text,
+            "  excludes in={:?} out={:?} to={:?}\n",
+            w.exclude_inbound_ports, w.exclude_outbound_ports, w.exclude_outbound_cidrs
+        )
+        .unwrap();
+    }
+    for (node, pods) in &*snapshot.node_pods {
+        for (name, resource) in &**pods {
+            let p = NodePod::decode(resource.body.clone()).unwrap();
+            writeln!(
+                text,
+                "NodePod {node} {name}: {}/{} sa={} owner={}",
+                p.namespace, p.name, p.service_account, p.owner
+            )
+            .unwrap();
+            writeln!(
+                text,
+                "  enrolled={} {:?} at {}",
+                p.enrolled,
+                p.mode(),
+                ips(&p.addresses)
+            )
+            .unwrap();
+            writeln!(
+                text,
+                "  excludes in={:?} out={:?} to={:?}",
+                p.exclude_inbound_ports, p.exclude_outbound_ports, p.exclude_outbound_cidrs
+            )
+            .unwrap();
+            for probe in p.probes {
+                writeln!(text, "  probe {} {:?}", probe.port, probe.handler.unwrap()).unwrap();
+            }
+            text.push('\n');
+        }
+    }
+    for (name, resource) in &*snapshot.services {
+        let s = Service::decode(resource.body.clone()).unwrap();
+        writeln!(text, "Service {name}: {}", ips(&s.addresses)).unwrap();
+        for p in s.ports {
+            writeln!(
+                text,
+                "  port {:?} {} node={} app={:?}",
+                p.name, p.port, p.node_port, p.app_protocol
+            )
+            .unwrap();
+        }
+    }
+    let mut owners: Vec<_> = snapshot.service_by_address.iter().collect();
+    owners.sort();
+    writeln!(text, "addresses {owners:?}\n").unwrap();
+    for (name, resource) in &*snapshot.slices {
+        let s = EndpointSlice::decode(resource.body.clone()).unwrap();
+        writeln!(text, "EndpointSlice {name} of {}", s.service).unwrap();
+        for p in s.ports {
+            writeln!(text, "  port {:?} {}", p.name, p.port).unwrap();
+        }
+        for e in s.endpoints {
+            let address = ips(std::slice::from_ref(&e.address));
+            writeln!(
+                text,
+                "  {address} ready={} serving={} terminating={} node={:?} zone={:?}",
+                e.ready, e.serving, e.terminating, e.node, e.zone
+            )
+            .unwrap();
+        }
+    }
+    writeln!(text, "\nnamespaces {:?}", snapshot.namespaces_of_node).unwrap();
+    for warning in model.warnings.iter().chain(&snapshot.warnings) {
+        writeln!(text, "warning {warning}").unwrap();
+    }
+    text
+}
+
+fn ips(addresses: &[Bytes]) -> String {
+    let texts: Vec<String> = addresses
+        .iter()
+        .map(|a| address_from_bytes(a).unwrap().to_string())
+        .collect();
+    texts.join(",")
+}

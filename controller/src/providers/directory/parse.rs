@@ -49,14 +49,17 @@ fn split_documents(text: &str) -> Vec<(usize, &str)> {
     let mut documents = Vec::new();
     let (mut start, mut start_line) = (0, 1);
     let mut offset = 0;
+    // Comments and directives (`%YAML`) before a marker belong to the document after it.
+    let mut begun = false;
     for (number, line) in text.split_inclusive('\n').enumerate() {
         let marker = line
             .strip_prefix("---")
             .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']));
-        if marker && offset > start {
+        if marker && begun {
             documents.push((start_line, &text[start..offset]));
             (start, start_line) = (offset, number + 1);
         }
+        begun |= !line.trim().is_empty() && !line.starts_with(['#', '%']);
         offset += line.len();
     }
     documents.push((start_line, &text[start..]));
@@ -175,9 +178,20 @@ impl Source<'_> {
             _ => None,
         };
         let Some(object) = object else { return };
+        // A field that was taken out above must not be missed as well.
+        let told: Vec<String> = self.mistakes[before..]
+            .iter()
+            .map(|m| m.field.clone())
+            .collect();
         for (field, message) in check::mistakes(&object) {
             let path: Vec<Step> = at.iter().cloned().chain(field).collect();
-            self.mistake(&path, message);
+            let field = display(&path);
+            if !told
+                .iter()
+                .any(|t| t.starts_with(&field) || field.starts_with(t))
+            {
+                self.mistake(&path, message);
+            }
         }
         if self.mistakes.len() == before {
             let line = line_of(self.text, self.format, at).unwrap_or(1);

@@ -1,8 +1,6 @@
 //! Enrolment as nodes see it: streams, registrations, reports, and a controller that restarts.
 
-mod common;
-
-use common::{CLIENT, DEMO, Lab, Stream, WEB, decode, versions};
+use crate::common::{CLIENT, DEMO, Lab, Stream, WEB, decode, versions};
 use mesh_api::proto::control::PodState;
 use mesh_api::proto::mesh::{EnrolmentState, NodePod, TunnelKind, Workload};
 use tonic::Code;

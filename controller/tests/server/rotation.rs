@@ -1,10 +1,6 @@
 //! Rotation of the root: trusted everywhere before it signs anything, and the old one long after.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
-use common::{DEMO, Lab, Stream, bundle_of, issue_workload};
+use crate::common::{DEMO, Lab, Stream, bundle_of, issue_workload};
 use mesh_api::proto::control::Role;
 use mesh_api::proto::mesh::MeshConfig;
 use mesh_api::tls;
@@ -59,7 +55,7 @@ async fn a_new_root_signs_only_when_every_node_trusts_it() {
         "node-2 may not trust the new root yet"
     );
     two.ack::<MeshConfig>(&unanswered).await;
-    common::soon("promotion", async {
+    crate::common::soon("promotion", async {
         while !signed_by(&lab, &node, &new).await {}
     })
     .await;
@@ -69,8 +65,12 @@ async fn a_new_root_signs_only_when_every_node_trusts_it() {
         .map(|der| der.to_vec())
         .collect();
     assert_eq!(bundle, [new.clone(), old.clone()]);
-    common::soon("the controller's own certificate", async {
-        while lab.channel_trusting(None, &[new.clone()]).await.is_err() {}
+    crate::common::soon("the controller's own certificate", async {
+        while lab
+            .channel_trusting(None, std::slice::from_ref(&new))
+            .await
+            .is_err()
+        {}
     })
     .await;
     // Certificates of the old root open connections still, also after a restart.

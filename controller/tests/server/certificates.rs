@@ -1,11 +1,9 @@
 //! Who gets which certificate, over the real server, and what it is good for.
 
-mod common;
-
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{CLIENT, Credentials, DEMO, Lab, Stream, WEB, csr, issue_workload, soon};
+use crate::common::{CLIENT, Credentials, DEMO, Lab, Stream, WEB, csr, issue_workload, soon};
 use mesh_api::proto::control::enrolment_client::EnrolmentClient;
 use mesh_api::proto::control::{RegisterPodRequest, Role};
 use mesh_api::proto::mesh::NodePod;

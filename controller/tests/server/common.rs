@@ -1,7 +1,5 @@
 //! A real controller on a loopback port, and nodes that speak to it over real TLS.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
-
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,9 +35,9 @@ use warren_controller::config::Config;
 use warren_controller::run::Controller;
 
 /// Longer than anything takes; reaching it is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(value) => value,
         Err(_) => panic!("did not happen in time: {what}"),
@@ -47,21 +45,22 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// A controller with its directories.
-pub struct Lab {
-    pub dir: TempDir,
-    pub controller: Controller,
+pub(crate) struct Lab {
+    pub(crate) dir: TempDir,
+    pub(crate) controller: Controller,
 }
 
-pub const TOKENS: &str = "node-1 proxy p1\nnode-1 agent a1\nnode-2 proxy p2\nnode-2 agent a2\n";
+pub(crate) const TOKENS: &str =
+    "node-1 proxy p1\nnode-1 agent a1\nnode-2 proxy p2\nnode-2 agent a2\n";
 
 /// Two nodes, a meshed namespace with `web` on node-1 and `client` on node-2, and a Service.
-pub const DEMO: &str = include_str!("demo.yaml");
+pub(crate) const DEMO: &str = include_str!("demo.yaml");
 
-pub const WEB: &str = "00000000-0000-0000-0000-0000000000aa";
-pub const CLIENT: &str = "00000000-0000-0000-0000-0000000000bb";
+pub(crate) const WEB: &str = "00000000-0000-0000-0000-0000000000aa";
+pub(crate) const CLIENT: &str = "00000000-0000-0000-0000-0000000000bb";
 
 impl Lab {
-    pub async fn start(manifests: &str) -> Self {
+    pub(crate) async fn start(manifests: &str) -> Self {
         let dir = TempDir::new().unwrap();
         for sub in ["manifests", "ca", "state"] {
             std::fs::create_dir(dir.path().join(sub)).unwrap();
@@ -73,33 +72,33 @@ impl Lab {
     }
 
     /// Stops the controller and starts another on the same directories.
-    pub async fn restart(self) -> Self {
+    pub(crate) async fn restart(self) -> Self {
         let Self { dir, controller } = self;
         controller.stop().await;
         let controller = Controller::start(&config(&dir)).await.unwrap();
         Self { dir, controller }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Replaces a file as editors do, by rename.
-    pub fn write(&self, name: &str, text: &str) {
+    pub(crate) fn write(&self, name: &str, text: &str) {
         let path = self.path(name);
         let temporary = path.with_extension("tmp");
         std::fs::write(&temporary, text).unwrap();
         std::fs::rename(&temporary, &path).unwrap();
     }
 
-    pub fn edit(&self, from: &str, to: &str) {
+    pub(crate) fn edit(&self, from: &str, to: &str) {
         let text = std::fs::read_to_string(self.path("manifests/demo.yaml")).unwrap();
         assert!(text.contains(from), "{from}");
         self.write("manifests/demo.yaml", &text.replace(from, to));
     }
 
     /// Waits until the state is as wanted; looked at whenever something moves.
-    pub async fn until(&self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+    pub(crate) async fn until(&self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
         let hub = self.controller.hub();
         let (mut snapshots, mut progress) = (hub.snapshots(), hub.progress());
         let reached = async {
@@ -115,25 +114,25 @@ impl Lab {
         }
     }
 
-    pub async fn until_phase(&self, uid: &str, phase: &str) {
+    pub(crate) async fn until_phase(&self, uid: &str, phase: &str) {
         self.until(&format!("{uid} {phase}"), |status| {
             phase_of(status, uid) == phase
         })
         .await;
     }
 
-    pub fn phase(&self, uid: &str) -> String {
+    pub(crate) fn phase(&self, uid: &str) -> String {
         phase_of(&self.controller.hub().status(), uid)
     }
 
     /// A metric's value; 0 if it was never counted.
-    pub fn metric(&self, line: &str) -> f64 {
+    pub(crate) fn metric(&self, line: &str) -> f64 {
         let text = self.controller.hub().metrics().encode();
         let found = text.lines().find_map(|l| l.strip_prefix(line));
         found.map_or(0.0, |value| value.trim().parse().unwrap())
     }
 
-    pub async fn channel(
+    pub(crate) async fn channel(
         &self,
         credentials: Option<Credentials>,
     ) -> Result<Channel, tonic::transport::Error> {
@@ -141,7 +140,7 @@ impl Lab {
         self.channel_trusting(credentials, &bundle).await
     }
 
-    pub async fn channel_trusting(
+    pub(crate) async fn channel_trusting(
         &self,
         credentials: Option<Credentials>,
         bundle: &[Vec<u8>],
@@ -172,14 +171,14 @@ impl Lab {
     }
 
     /// Gets a node certificate and connects with it.
-    pub async fn node(&self, node: &str, role: Role) -> Channel {
+    pub(crate) async fn node(&self, node: &str, role: Role) -> Channel {
         let credentials = self.node_credentials(node, role).await;
         soon("connect", self.channel(Some(credentials)))
             .await
             .unwrap()
     }
 
-    pub async fn node_credentials(&self, node: &str, role: Role) -> Credentials {
+    pub(crate) async fn node_credentials(&self, node: &str, role: Role) -> Credentials {
         let number = node.strip_prefix("node-").unwrap();
         let letter = if role == Role::Proxy { 'p' } else { 'a' };
         let token = format!("{letter}{number}");
@@ -191,7 +190,7 @@ impl Lab {
         Credentials::new(&response, &key)
     }
 
-    pub async fn issue_node(
+    pub(crate) async fn issue_node(
         &self,
         node: &str,
         role: Role,
@@ -209,11 +208,11 @@ impl Lab {
         answer.map(tonic::Response::into_inner)
     }
 
-    pub async fn proxy(&self, node: &str) -> Stream {
+    pub(crate) async fn proxy(&self, node: &str) -> Stream {
         Stream::open(self.node(node, Role::Proxy).await, node).await
     }
 
-    pub async fn agent(&self, node: &str) -> Agent {
+    pub(crate) async fn agent(&self, node: &str) -> Agent {
         let channel = self.node(node, Role::Agent).await;
         Agent {
             stream: Stream::open(channel.clone(), node).await,
@@ -222,7 +221,7 @@ impl Lab {
     }
 }
 
-pub fn config(dir: &TempDir) -> Config {
+pub(crate) fn config(dir: &TempDir) -> Config {
     let loopback = ([127, 0, 0, 1], 0).into();
     let mut config = Config {
         listen: loopback,
@@ -244,20 +243,20 @@ fn phase_of(status: &serde_json::Value, uid: &str) -> String {
         .to_owned()
 }
 
-pub fn csr(key: &KeyPair) -> Vec<u8> {
+pub(crate) fn csr(key: &KeyPair) -> Vec<u8> {
     // Asks for names it must not get.
     let mut params = CertificateParams::new(vec!["evil.example".to_owned()]).unwrap();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     params.serialize_request(key).unwrap().der().to_vec()
 }
 
-pub struct Credentials {
-    pub chain: Vec<CertificateDer<'static>>,
-    pub key: PrivateKeyDer<'static>,
+pub(crate) struct Credentials {
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    pub(crate) key: PrivateKeyDer<'static>,
 }
 
 impl Credentials {
-    pub fn new(response: &IssueResponse, key: &KeyPair) -> Self {
+    pub(crate) fn new(response: &IssueResponse, key: &KeyPair) -> Self {
         Self {
             chain: response
                 .chain
@@ -278,7 +277,7 @@ impl Clone for Credentials {
     }
 }
 
-pub async fn issue_workload(
+pub(crate) async fn issue_workload(
     channel: &Channel,
     identity: &str,
 ) -> Result<(IssueResponse, KeyPair), Status> {
@@ -293,7 +292,7 @@ pub async fn issue_workload(
     answer.map(|r| (r.into_inner(), key))
 }
 
-pub fn bundle_of(path: &std::path::Path) -> Vec<CertificateDer<'static>> {
+pub(crate) fn bundle_of(path: &std::path::Path) -> Vec<CertificateDer<'static>> {
     CertificateDer::pem_file_iter(path)
         .unwrap()
         .collect::<Result<_, _>>()
@@ -301,18 +300,18 @@ pub fn bundle_of(path: &std::path::Path) -> Vec<CertificateDer<'static>> {
 }
 
 /// A discovery stream whose acknowledgements the test decides on.
-pub struct Stream {
-    pub requests: mpsc::Sender<DeltaDiscoveryRequest>,
-    pub responses: Streaming<DeltaDiscoveryResponse>,
-    pub node: String,
+pub(crate) struct Stream {
+    pub(crate) requests: mpsc::Sender<DeltaDiscoveryRequest>,
+    pub(crate) responses: Streaming<DeltaDiscoveryResponse>,
+    pub(crate) node: String,
 }
 
 impl Stream {
-    pub async fn open(channel: Channel, node: &str) -> Self {
+    pub(crate) async fn open(channel: Channel, node: &str) -> Self {
         Self::try_open(channel, node).await.unwrap()
     }
 
-    pub async fn try_open(channel: Channel, node: &str) -> Result<Self, Status> {
+    pub(crate) async fn try_open(channel: Channel, node: &str) -> Result<Self, Status> {
         let (requests, outgoing) = mpsc::channel(16);
         let mut client = AggregatedDiscoveryServiceClient::new(channel);
         let answer = client.delta_aggregated_resources(ReceiverStream::new(outgoing));
@@ -323,7 +322,7 @@ impl Stream {
         })
     }
 
-    pub async fn request<T: Resource>(&self, mut request: DeltaDiscoveryRequest) {
+    pub(crate) async fn request<T: Resource>(&self, mut request: DeltaDiscoveryRequest) {
         request.type_url = T::TYPE_URL.into();
         request.node = Some(Node {
             id: self.node.clone(),
@@ -331,11 +330,11 @@ impl Stream {
         self.requests.send(request).await.unwrap();
     }
 
-    pub async fn subscribe<T: Resource>(&self, names: &[&str]) {
+    pub(crate) async fn subscribe<T: Resource>(&self, names: &[&str]) {
         self.resume::<T>(names, HashMap::new()).await;
     }
 
-    pub async fn resume<T: Resource>(&self, names: &[&str], known: HashMap<String, String>) {
+    pub(crate) async fn resume<T: Resource>(&self, names: &[&str], known: HashMap<String, String>) {
         let request = DeltaDiscoveryRequest {
             resource_names_subscribe: names.iter().map(ToString::to_string).collect(),
             initial_resource_versions: known,
@@ -345,7 +344,7 @@ impl Stream {
     }
 
     /// The next response; it must be of type `T`.
-    pub async fn next<T: Resource>(&mut self) -> DeltaDiscoveryResponse {
+    pub(crate) async fn next<T: Resource>(&mut self) -> DeltaDiscoveryResponse {
         let response = soon(T::TYPE_URL, self.responses.message())
             .await
             .unwrap()
@@ -354,7 +353,7 @@ impl Stream {
         response
     }
 
-    pub async fn ack<T: Resource>(&self, response: &DeltaDiscoveryResponse) {
+    pub(crate) async fn ack<T: Resource>(&self, response: &DeltaDiscoveryResponse) {
         let request = DeltaDiscoveryRequest {
             response_nonce: response.nonce.clone(),
             ..Default::default()
@@ -362,7 +361,7 @@ impl Stream {
         self.request::<T>(request).await;
     }
 
-    pub async fn nack<T: Resource>(&self, response: &DeltaDiscoveryResponse, message: &str) {
+    pub(crate) async fn nack<T: Resource>(&self, response: &DeltaDiscoveryResponse, message: &str) {
         let request = DeltaDiscoveryRequest {
             response_nonce: response.nonce.clone(),
             error_detail: Some(XdsStatus {
@@ -375,33 +374,33 @@ impl Stream {
     }
 
     /// The next response, accepted: what it holds, and what it removes.
-    pub async fn take<T: Resource>(&mut self) -> (Vec<T>, Vec<String>) {
+    pub(crate) async fn take<T: Resource>(&mut self) -> (Vec<T>, Vec<String>) {
         let response = self.next::<T>().await;
         self.ack::<T>(&response).await;
         (decode(&response), response.removed_resources)
     }
 }
 
-pub fn decode<T: Message + Default>(response: &DeltaDiscoveryResponse) -> Vec<T> {
+pub(crate) fn decode<T: Message + Default>(response: &DeltaDiscoveryResponse) -> Vec<T> {
     let value = |r: &mesh_api::proto::discovery::Resource| {
         T::decode(r.resource.as_ref().unwrap().value.as_slice()).unwrap()
     };
     response.resources.iter().map(value).collect()
 }
 
-pub fn versions(response: &DeltaDiscoveryResponse) -> HashMap<String, String> {
+pub(crate) fn versions(response: &DeltaDiscoveryResponse) -> HashMap<String, String> {
     let pair = |r: &mesh_api::proto::discovery::Resource| (r.name.clone(), r.version.clone());
     response.resources.iter().map(pair).collect()
 }
 
 /// What a node's agent does, as far as the controller sees it.
-pub struct Agent {
-    pub stream: Stream,
-    pub calls: EnrolmentClient<Channel>,
+pub(crate) struct Agent {
+    pub(crate) stream: Stream,
+    pub(crate) calls: EnrolmentClient<Channel>,
 }
 
 impl Agent {
-    pub async fn register(
+    pub(crate) async fn register(
         &mut self,
         uid: &str,
         name: &str,
@@ -417,13 +416,13 @@ impl Agent {
         Ok(answer.into_inner().pod.unwrap())
     }
 
-    pub async fn report(&mut self, pods: &[(&str, PodState)]) {
+    pub(crate) async fn report(&mut self, pods: &[(&str, PodState)]) {
         let report = report(pods);
         soon("report", self.calls.report(report)).await.unwrap();
     }
 }
 
-pub fn report(pods: &[(&str, PodState)]) -> NodeReport {
+pub(crate) fn report(pods: &[(&str, PodState)]) -> NodeReport {
     let pod = |(uid, state): &(&str, PodState)| PodReport {
         uid: (*uid).into(),
         state: (*state).into(),

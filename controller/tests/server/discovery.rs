@@ -1,11 +1,9 @@
 //! Discovery over the real server: what a node is sent, when, and how it resumes.
 
-mod common;
-
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 
-use common::{DEMO, Lab, versions};
+use crate::common::{DEMO, Lab, versions};
 use mesh_api::proto::discovery::DeltaDiscoveryRequest;
 use mesh_api::proto::mesh::{EndpointSlice, MeshConfig, NodePod, Service, Workload};
 
@@ -115,7 +113,9 @@ async fn a_slow_client_is_sent_the_newest_state_and_no_queue() {
     for port in 81..=85 {
         snapshots.borrow_and_update();
         lab.edit(&format!("port: {},", port - 1), &format!("port: {port},"));
-        common::soon("snapshot", snapshots.changed()).await.unwrap();
+        crate::common::soon("snapshot", snapshots.changed())
+            .await
+            .unwrap();
     }
     proxy.ack::<Service>(&first).await;
     let (services, _) = proxy.take::<Service>().await;
