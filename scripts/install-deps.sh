@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 # group -> Debian packages
 declare -A APT=(
   [build]="build-essential git ca-certificates"
-  [lab]="nftables iproute2 containernetworking-plugins tcpdump curl python3-minimal procps util-linux"
+  [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
   [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client socat wrk conntrack openssl python3-venv"
   [bench]="nftables iproute2 curl python3-venv util-linux"
   [deny]=""
