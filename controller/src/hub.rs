@@ -219,6 +219,11 @@ impl Hub {
                     "report names a pod that is not bound to the node"
                 );
             }
+            let failed = enrolment
+                .records()
+                .filter(|(_, r)| r.failure.is_some())
+                .count();
+            self.metrics.enrolment_failures.set(failed as i64);
             self.advance(&mut core, false);
             core.snapshot.seq
         };
@@ -364,12 +369,6 @@ impl Hub {
                 .get_or_create_owned(&label)
                 .set(count as i64);
         }
-        let failed = core
-            .enrolment
-            .records()
-            .filter(|(_, r)| r.failure.is_some())
-            .count();
-        self.metrics.enrolment_failures.set(failed as i64);
         self.metrics.trusted_roots.set(core.bundle.len() as i64);
     }
 }

@@ -125,12 +125,8 @@ impl Controller {
             tokens: config.tokens.clone(),
             tls,
         };
-        let mut until = stopping.clone();
+        let stop = stopping.clone();
         controller.part("gRPC server", async move {
-            let stop = async move {
-                // An error means that the controller was dropped.
-                let _ = until.wait_for(|stop| *stop).await;
-            };
             if let Err(error) = serve::serve(listener, services, stop).await {
                 tracing::error!("gRPC server: {error}");
             }
@@ -200,7 +196,7 @@ impl Controller {
                 }
             }
         };
-        // Discovery streams do not end by themselves.
+        // A client that reads nothing must not keep us.
         let _ = tokio::time::timeout(STOP_WAIT, drained).await;
         self.parts.shutdown().await;
     }

@@ -18,7 +18,7 @@ use mesh_api::proto::control::enrolment_server::EnrolmentServer;
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use rustls::server::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
@@ -44,11 +44,11 @@ pub struct Services {
     pub tls: Arc<ArcSwap<ServerConfig>>,
 }
 
-/// Serves until `stop` is done.
+/// Serves until `stop` says so, or its sender is gone. Discovery streams are ended then; calls finish.
 pub async fn serve(
     listener: TcpListener,
     services: Services,
-    stop: impl Future<Output = ()>,
+    mut stop: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error> {
     let Services {
         hub,
@@ -59,7 +59,14 @@ pub async fn serve(
     let (accepted, connections) = mpsc::channel(HANDSHAKES);
     let mut acceptor = JoinSet::new();
     acceptor.spawn(accept(listener, tls, accepted, hub.metrics().clone()));
-    let discovery = discovery::DiscoveryService { hub: hub.clone() };
+    let discovery = discovery::DiscoveryService {
+        hub: hub.clone(),
+        stop: stop.clone(),
+    };
+    let stopped = async move {
+        // An error means that the sender is gone.
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
     let certificates = calls::CertificatesService {
         hub: hub.clone(),
         authority,
@@ -77,7 +84,7 @@ pub async fn serve(
         )
         .add_service(CertificatesServer::new(certificates))
         .add_service(EnrolmentServer::new(calls::EnrolmentService { hub }))
-        .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop)
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), stopped)
         .await
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mesh_api::identity::{NodeIdentity, NodeRole};
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,6 +17,8 @@ use crate::metrics::{Nack, Type};
 /// Serves discovery streams.
 pub(super) struct DiscoveryService {
     pub(super) hub: Arc<Hub>,
+    /// Turns true when the controller stops.
+    pub(super) stop: watch::Receiver<bool>,
 }
 
 #[tonic::async_trait]
@@ -36,6 +38,7 @@ impl AggregatedDiscoveryService for DiscoveryService {
             node,
             guard,
             outbound,
+            stop: self.stop.clone(),
         };
         // Ends with its transport: reading fails then. Its guard goes with it.
         tokio::spawn(stream.run(request.into_inner()));
@@ -49,6 +52,7 @@ struct Stream {
     node: Arc<NodeIdentity>,
     guard: StreamGuard,
     outbound: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    stop: watch::Receiver<bool>,
 }
 
 impl Stream {
@@ -70,16 +74,16 @@ impl Stream {
         &mut self,
         mut inbound: Streaming<DeltaDiscoveryRequest>,
     ) -> Result<(), Status> {
-        let mut snapshots = self.hub.snapshots();
+        let (mut snapshots, mut stop) = (self.hub.snapshots(), self.stop.clone());
         loop {
             let snapshot = snapshots.borrow_and_update().clone();
             self.send(&snapshot)?;
             self.guard.progress(self.session.progress());
             tokio::select! {
-                changed = snapshots.changed() => {
-                    if changed.is_err() {
-                        return Err(Status::unavailable("the controller is stopping"));
-                    }
+                // The hub lives as long as `self`.
+                _ = snapshots.changed() => {}
+                () = stopped(&mut stop) => {
+                    return Err(Status::unavailable("the controller is stopping"));
                 }
                 request = inbound.message() => match request? {
                     None => return Ok(()),
@@ -165,6 +169,11 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An error means that the controller was dropped.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// One response per type may be in flight.

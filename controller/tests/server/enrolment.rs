@@ -1,7 +1,8 @@
 //! Enrolment as nodes see it: streams, registrations, reports, and a controller that restarts.
 
 use crate::common::{CLIENT, DEMO, Lab, Stream, WEB, decode, versions};
-use mesh_api::proto::control::PodState;
+use mesh_api::proto::control::{PodState, Role};
+use mesh_api::proto::discovery::DeltaDiscoveryRequest;
 use mesh_api::proto::mesh::{EnrolmentState, NodePod, TunnelKind, Workload};
 use tonic::Code;
 
@@ -214,4 +215,30 @@ async fn a_pod_that_speaks_hbone_is_published_from_its_manifest() {
     assert_eq!(table[0].state(), EnrolmentState::Tunnel);
     assert_eq!(table[0].tunnel(), TunnelKind::Hbone);
     assert_eq!(table[0].addresses, [&[10u8, 1, 2, 9][..]]);
+}
+
+#[tokio::test]
+async fn a_report_is_answered_only_when_every_node_was_handed_the_change() {
+    let lab = Lab::start(DEMO).await;
+    let (mut one, _two) = proxies(&lab).await;
+    let mut agent = lab.agent("node-1").await;
+    agent.register(WEB, "web", [10, 1, 1, 2]).await.unwrap();
+    // Node-1 has a response of the table in its hands and has not answered, so it is sent no other.
+    one.request::<Workload>(DeltaDiscoveryRequest {
+        resource_names_subscribe: vec!["nobody".into()],
+        ..Default::default()
+    })
+    .await;
+    let held = one.next::<Workload>().await;
+    let reported = tokio::spawn(async move {
+        agent.report(&[(WEB, PodState::Ready)]).await;
+        agent
+    });
+    lab.until_phase(WEB, "tunnel").await;
+    // Time enough for an answer that does not wait.
+    lab.node("node-2", Role::Agent).await;
+    assert!(!reported.is_finished());
+    one.ack::<Workload>(&held).await;
+    let _agent = crate::common::soon("the answer", reported).await.unwrap();
+    assert_eq!(state(&mut one).await, EnrolmentState::Tunnel);
 }
