@@ -155,12 +155,13 @@ impl Status {
     /// What the controller is told. `None`: the pod is not in the mesh.
     pub fn report(&self) -> Option<(PodState, String)> {
         let wanted = self.record.pod.as_ref().is_some_and(|pod| pod.enrolled);
+        let captured = (self.record.applied.as_ref()).is_some_and(|applied| applied.captures());
         match self.record.phase {
+            // Until the rules have been swapped.
+            Phase::Leaving if captured => Some((PodState::Ready, String::new())),
             Phase::Leaving => Some((PodState::Leaving, self.reason.clone())),
             // With its rules in force it is served, by proxies that come and go.
-            Phase::Enrolled if self.record.applied.is_some() && !self.failed => {
-                Some((PodState::Ready, String::new()))
-            }
+            Phase::Enrolled if captured && !self.failed => Some((PodState::Ready, String::new())),
             _ if wanted && self.failed => Some((PodState::Failed, self.reason.clone())),
             _ => None,
         }

@@ -42,6 +42,8 @@ impl Reporter {
     pub(super) async fn run(&self, node: &Node) {
         let mut wanted = self.wanted.subscribe();
         let mut broker = node.broker().changes();
+        let mut connected = node.control().connected();
+        let mut failing = false;
         let mut last = None;
         let mut due = Instant::now();
         loop {
@@ -62,14 +64,27 @@ impl Reporter {
             }
             match node.control().report(report.clone()).await {
                 Ok(()) => {
+                    failing = false;
                     last = Some(report);
                     self.delivered.send_replace(number);
                     due = Instant::now() + INTERVAL;
                 }
                 Err(error) => {
-                    tracing::debug!(error, "the controller did not take this node's report");
+                    if !failing {
+                        tracing::warn!(
+                            error,
+                            "the controller did not take this node's report; trying on"
+                        );
+                    }
+                    failing = true;
                     last = None;
-                    tokio::time::sleep(super::RETRY).await;
+                    // Changes are in the next attempt; none is made before.
+                    tokio::select! {
+                        () = tokio::time::sleep(PAUSE) => {}
+                        changed = connected.changed() => if changed.is_err() {
+                            tokio::time::sleep(PAUSE).await;
+                        },
+                    }
                     due = Instant::now();
                 }
             }
@@ -102,4 +117,6 @@ fn interface_addresses() -> Vec<IpAddr> {
     addresses
 }
 
+/// Between attempts that failed.
+const PAUSE: Duration = Duration::from_secs(1);
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -59,7 +59,11 @@ async fn serve(
     };
     let result = handle(node, uninstall, request, fds).await;
     let response = match result {
-        Ok(()) => Response::default(),
+        // Not the default: that is no byte long, and an empty packet is the end of the connection.
+        Ok(()) => Response {
+            message: "done".into(),
+            ..Response::default()
+        },
         Err(error) => {
             tracing::warn!(%error, "CNI: answered with an error");
             let (code, message, details) = error.into_parts();

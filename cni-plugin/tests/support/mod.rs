@@ -4,7 +4,7 @@
 //! Each test runs in a process of its own inside the node's namespace, started by [`on_a_node`], which
 //! also removes every namespace afterwards, however the test ended.
 
-#![allow(dead_code, missing_docs)]
+#![allow(missing_docs, unreachable_pub)]
 
 pub mod apps;
 pub mod controller;
@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use mesh_api::proto::mesh::NodePod;
 use warren_cni::agent::config::AgentConfig;
-use warren_cni::agent::netns::Netns;
 use warren_cni::agent::node::Node;
 use warren_cni::agent::record::Phase;
 use warren_cni::agent::{Agent, Error};
@@ -29,6 +28,11 @@ use controller::FakeController;
 pub fn on_a_node(test: &str, body: impl FnOnce(World)) {
     if let Some(directory) = std::env::var_os("WARREN_TEST_NODE") {
         let prefix = std::env::var("WARREN_TEST_PREFIX").unwrap();
+        tracing_subscriber::fmt()
+            .with_env_filter("warren_cni=debug")
+            .with_writer(std::io::stderr)
+            .with_ansi(false)
+            .init();
         body(World {
             directory: directory.into(),
             prefix,
@@ -127,18 +131,13 @@ impl World {
         must("ip", &["netns", "add", &name]);
         must("ip", &["-n", &name, "link", "set", "lo", "up"]);
         let path = Path::new("/run/netns").join(&name);
-        Sandbox {
-            netns: Netns::open(&path).unwrap(),
-            name,
-            path,
-        }
+        Sandbox { name, path }
     }
 }
 
 pub struct Sandbox {
     pub name: String,
     pub path: PathBuf,
-    pub netns: Netns,
 }
 
 impl Sandbox {

@@ -48,7 +48,6 @@ struct State {
     running: HashMap<String, usize>,
     leaving: HashSet<String>,
     draining: bool,
-    connected: bool,
     snapshots: usize,
     /// Requests for sockets of the present connection.
     requests: Option<mpsc::UnboundedSender<Request>>,
@@ -96,10 +95,6 @@ impl Proxy {
 
     pub fn accepted(&self) -> Vec<Accepted> {
         self.shared.state.lock().unwrap().accepted.clone()
-    }
-
-    pub fn connected(&self) -> bool {
-        self.shared.state.lock().unwrap().connected
     }
 
     pub fn serves(&self, uid: &str) -> bool {
@@ -163,7 +158,6 @@ impl Shared {
                 let ended = self.session(&connection).await;
                 eprintln!("proxy {}: session ended: {ended:?}", self.instance);
                 let mut state = self.state.lock().unwrap();
-                state.connected = false;
                 state.requests = None;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -176,7 +170,6 @@ impl Shared {
         let (drained, mut to_report) = mpsc::unbounded_channel::<String>();
         let (held_pods, holds_host) = {
             let mut state = self.state.lock().unwrap();
-            state.connected = true;
             state.requests = Some(requests);
             let held: Vec<String> = state.pods.keys().cloned().collect();
             (held, !state.host.is_empty())
@@ -363,6 +356,9 @@ impl Shared {
             from: from.ip().to_canonical(),
             original,
         });
+        if kind == Listener::Hbone {
+            return Ok(());
+        }
         let family = match original {
             SocketAddr::V4(_) => Family::V4,
             SocketAddr::V6(_) => Family::V6,
