@@ -1,6 +1,6 @@
 //! Generated from `mesh-api/proto`.
 
-#![allow(missing_docs, unreachable_pub, clippy::all)]
+#![allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all)]
 
 /// The incremental xDS transport.
 pub mod discovery {

@@ -235,6 +235,19 @@ pub enum ClientError {
     Credentials(#[from] CredentialsError),
 }
 
+impl ClientError {
+    /// The other end did not prove to be the controller.
+    pub(super) fn is_untrusted(&self) -> bool {
+        let Self::Connect { source, .. } = self else {
+            return false;
+        };
+        let tls = source
+            .get_ref()
+            .and_then(|e| e.downcast_ref::<rustls::Error>());
+        matches!(tls, Some(rustls::Error::InvalidCertificate(_)))
+    }
+}
+
 /// TCP and TLS handshake together.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use rand::Rng;
 use rustls::RootCertStore;
+use rustls::sign::CertifiedKey;
 use tokio::time::Instant;
 
 use super::backoff::Backoff;
@@ -32,7 +33,6 @@ pub(super) async fn run(shared: Arc<Shared>) {
             Err(e) => e.to_string(),
         };
         session.shared.publish(None);
-        session.attempt += 1;
         if began.elapsed() > PROVEN {
             backoff.reset();
         }
@@ -58,10 +58,6 @@ struct Session {
     shared: Arc<Shared>,
     credentials: Option<Credentials>,
     generation: u64,
-    /// Failed attempts so far; chooses the roots to verify the controller against.
-    attempt: u64,
-    /// Connections in a row on which the controller said nothing.
-    unheard: u32,
 }
 
 impl Session {
@@ -71,8 +67,6 @@ impl Session {
             shared,
             credentials: None,
             generation: 0,
-            attempt: 0,
-            unheard: 0,
         };
         if let Some(path) = session.key_path() {
             match Credentials::load(&path) {
@@ -109,7 +103,7 @@ impl Session {
                 self.credentials.insert(issued).certified.clone()
             }
         };
-        let connection = connect(&self.shared.config.address, self.roots()?, Some(key)).await?;
+        let connection = self.dial(Some(key)).await?;
         self.publish(&connection);
         Ok(connection)
     }
@@ -123,20 +117,13 @@ impl Session {
             let shared = self.shared.clone();
             tokio::select! {
                 end = &mut connection.ended => return match end {
-                    Ok(End::Closed(reason)) => {
-                        self.unheard = 0;
-                        format!("connection ended: {reason}")
-                    }
+                    Ok(End::Closed(reason)) => format!("connection ended: {reason}"),
                     Ok(End::Unheard(reason)) => {
-                        self.unheard += 1;
-                        if self.unheard >= UNHEARD {
-                            self.credentials = None;
-                        }
+                        self.credentials = None;
                         format!("connection ended before the controller said anything: {reason}")
                     }
                     Ok(End::CertificateRefused(reason)) => {
                         self.credentials = None;
-                        self.unheard = 0;
                         format!("node certificate refused: {reason}")
                     }
                     Err(_) => "connection ended".into(),
@@ -167,7 +154,7 @@ impl Session {
     async fn renew(&mut self) -> Result<Connection, ClientError> {
         let renewed = self.issue().await?;
         let key = renewed.certified.clone();
-        let connection = connect(&self.shared.config.address, self.roots()?, Some(key)).await?;
+        let connection = self.dial(Some(key)).await?;
         self.credentials = Some(renewed);
         self.publish(&connection);
         Ok(connection)
@@ -194,7 +181,7 @@ impl Session {
                 path: config.token_file.display().to_string(),
                 source,
             })?;
-        let connection = connect(&config.address, self.roots()?, None).await?;
+        let connection = self.dial(None).await?;
         let request = KeyRequest::new()?;
         let role = match config.role {
             crate::identity::NodeRole::Proxy => Role::Proxy,
@@ -230,14 +217,26 @@ impl Session {
         Ok(issued)
     }
 
-    /// The roots last told by the controller; every other attempt those of the mounted file, which
-    /// whoever runs the mesh may have replaced while this node was away.
-    fn roots(&self) -> Result<Arc<RootCertStore>, ClientError> {
-        if self.attempt.is_multiple_of(2)
-            && let Some(bundle) = self.shared.bundle.load_full()
-        {
-            return Ok(tls::roots(bundle.iter().map(Vec::as_slice))?);
+    /// Dials with the roots last told by the controller. If it does not prove itself by those, with
+    /// those of the mounted file, which whoever runs the mesh may have replaced while this node was away.
+    async fn dial(&self, key: Option<Arc<CertifiedKey>>) -> Result<Connection, ClientError> {
+        let address = &self.shared.config.address;
+        let Some(told) = self.shared.bundle.load_full() else {
+            return connect(address, self.mounted_roots()?, key).await;
+        };
+        let roots = tls::roots(told.iter().map(Vec::as_slice))?;
+        match connect(address, roots, key.clone()).await {
+            Err(e) if e.is_untrusted() => {
+                let Ok(mounted) = self.mounted_roots() else {
+                    return Err(e);
+                };
+                connect(address, mounted, key).await
+            }
+            other => other,
         }
+    }
+
+    fn mounted_roots(&self) -> Result<Arc<RootCertStore>, ClientError> {
         let path = &self.shared.config.trust_bundle;
         let failed = |reason: String| ClientError::TrustBundle {
             path: path.display().to_string(),
@@ -292,8 +291,6 @@ const RECONNECT_MAX: Duration = Duration::from_secs(15);
 const PROVEN: Duration = Duration::from_secs(5);
 const RENEW_MIN: Duration = Duration::from_secs(1);
 const RENEW_MAX: Duration = Duration::from_secs(150);
-/// After this many connections without a word from the controller it is given a new certificate.
-const UNHEARD: u32 = 2;
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How soon a jump of the wall clock is noticed.
 const CLOCK_CHECK: Duration = Duration::from_secs(60);

@@ -277,3 +277,21 @@ async fn a_renewed_certificate_moves_the_stream_to_its_connection() {
     }
     assert_eq!(fake.issued_to_nodes(), 2);
 }
+
+#[tokio::test]
+async fn a_controller_with_a_new_root_is_found_by_the_mounted_bundle() {
+    let mut fake = Fake::start().await;
+    let controller = Controller::start(fake.client(NodeRole::Proxy));
+    within(proven(&controller)).await.unwrap();
+    fake.stop().await;
+    until_connected(&controller, false).await;
+    let other = Fake::start().await;
+    let bundle = std::fs::read(other.client(NodeRole::Proxy).trust_bundle).unwrap();
+    drop(controller);
+    // The bundle that was kept is of the old one, as is the node certificate.
+    let mut config = other.client(NodeRole::Proxy);
+    config.credentials_dir = Some(fake.secrets());
+    assert_ne!(std::fs::read(fake.secrets().join("trust-bundle.pem")).unwrap(), bundle);
+    let controller = Controller::start(config);
+    within(async { while proven(&controller).await.is_err() {} }).await;
+}
