@@ -1,6 +1,6 @@
 //! Where everything meets: objects, reports, acknowledgements and roots come in, snapshots go out.
 //!
-//! All changes happen under one lock, in memory, and end in [`Hub::advance`]: enrolment moves as far as it
+//! All changes happen under one lock, in memory, and end in `Hub::advance`: enrolment moves as far as it
 //! can, what moved is written to disk, and a snapshot is published. Readers hold a snapshot and
 //! never wait for a writer. The lock is never held over an await.
 
