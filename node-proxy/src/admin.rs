@@ -205,6 +205,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
 fn state(stage: Option<&Stage>) -> String {
     match stage {
         None | Some(Stage::Served) => "served".into(),
+        Some(Stage::Certified) => "waits for the other pods".into(),
         Some(Stage::Starting) => "waits for table or certificate".into(),
         Some(Stage::Failed(reason)) => format!("failed: {reason}"),
     }

@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             config,
             allow_privileged,
         })
-        .map_err(|error| (supervisor::EX_CONFIG, error.to_string())),
+        .map_err(|error| (error.code(), error.to_string())),
     };
     let (code, message) = match result {
         Ok(code) => return code.into(),

@@ -48,6 +48,17 @@ pub enum SupervisorError {
     System(&'static str, io::Error),
 }
 
+impl SupervisorError {
+    /// What the process exits with.
+    pub fn code(&self) -> u8 {
+        match self {
+            // Another start would fail alike.
+            Self::Privileges(_) => EX_CONFIG,
+            Self::Seccomp(_) | Self::System(..) => 1,
+        }
+    }
+}
+
 /// Runs until asked to stop; returns the exit code.
 pub fn run(options: &Options) -> Result<u8, SupervisorError> {
     let signals = block_signals().map_err(|e| SupervisorError::System("blocking signals", e))?;
@@ -108,8 +119,21 @@ fn supervise(options: &Options, signals: &SigSet) -> Result<u8, SupervisorError>
     let mut backoff = Backoff::default();
     loop {
         let started = Instant::now();
-        let worker =
-            spawn(options).map_err(|e| SupervisorError::System("starting the worker", e))?;
+        let worker = match spawn(options) {
+            Ok(worker) => worker,
+            Err(error) => {
+                // Out of memory or processes: it passes, or the kernel says so again.
+                let pause = backoff.after(started.elapsed());
+                eprintln!(
+                    "warren-node-proxy supervisor: no worker can be started ({error}); next try in {} ms",
+                    pause.as_millis()
+                );
+                if stopped_within(pause, signals)? {
+                    return Ok(1);
+                }
+                continue;
+            }
+        };
         let (status, asked_to_stop) = attend(worker, signals)?;
         let code = exit_code(status);
         if asked_to_stop || code == EX_CONFIG {

@@ -3,6 +3,10 @@
 //! A pod goes through stages: waiting for the table and its certificate, then served, then (removed by the
 //! agent) leaving, until its last captured connection has ended. The stage is a watch, so that an
 //! acknowledgement can wait for it on one connection and be forgotten with it.
+//!
+//! A process that has just started accepts nothing, neither for pods nor tunnels, before it has the
+//! certificates of all pods: what comes first may be for the pod that is ready last. Connections wait in
+//! the listeners' queues meanwhile. The gate opens once and stays open.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -33,6 +37,7 @@ pub struct Roster {
     /// What pods are made of.
     pub parts: Parts,
     state: Mutex<RosterState>,
+    gate: watch::Sender<bool>,
 }
 
 /// The rest of the process, as far as a pod needs it.
@@ -75,6 +80,8 @@ struct Entry {
 pub enum Stage {
     /// Waits for the table or the certificate.
     Starting,
+    /// Could be served; waits for the others of the first snapshot.
+    Certified,
     /// Connections are accepted.
     Served,
     /// It cannot be served, for this reason.
@@ -93,6 +100,7 @@ impl Roster {
         Arc::new(Self {
             parts,
             state: Mutex::default(),
+            gate: watch::Sender::new(false),
         })
     }
 
@@ -132,6 +140,11 @@ impl Roster {
             state.entries.get(uid).map(|entry| &entry.listeners)
         };
         listeners.filter(|listeners| !listeners.is_empty()).cloned()
+    }
+
+    /// Lets pods and tunnels be accepted.
+    pub(super) fn open_gate(&self) {
+        self.gate.send_replace(true);
     }
 
     /// Starts to serve a pod, or takes in what has changed of it.
@@ -238,11 +251,13 @@ impl Roster {
         }
         let duplicates = listeners.duplicates()?;
         self.state.lock().host = listeners;
-        let mut loaded = self.parts.table.loaded();
+        let (mut loaded, mut gate) = (self.parts.table.loaded(), self.gate.subscribe());
         let workers = Arc::clone(&self.parts.workers);
         tokio::spawn(async move {
-            // Fails only when the table is gone, with the process.
-            if loaded.wait_for(|loaded| *loaded).await.is_ok() {
+            // Both fail only when the process ends.
+            let is_loaded = loaded.wait_for(|is| *is).await.is_ok();
+            let is_open = gate.wait_for(|is| *is).await.is_ok();
+            if is_loaded && is_open {
                 workers.set_tunnel_listeners(duplicates);
             }
         });
@@ -284,11 +299,15 @@ impl Roster {
                     Stage::Failed(reason)
                 }
             };
-            if let Some(entry) = roster.state.lock().entries.get(&uid) {
-                entry.stage.send_replace(stage);
-            }
+            roster.reached(&uid, stage);
         })
         .abort_handle()
+    }
+
+    fn reached(&self, uid: &str, stage: Stage) {
+        if let Some(entry) = self.state.lock().entries.get(uid) {
+            entry.stage.send_replace(stage);
+        }
     }
 
     async fn serve(&self, uid: &Arc<str>, earlier: Option<Arc<Pod>>) -> Result<(), String> {
@@ -321,6 +340,12 @@ impl Roster {
         };
         parts.pods.add(&pod);
         parts.identities.ready(&pod.identity).await;
+        parts.pods.serve(&pod);
+        self.reached(uid, Stage::Certified);
+        let mut gate = self.gate.subscribe();
+        gate.wait_for(|open| *open)
+            .await
+            .map_err(|_| "the process ends".to_owned())?;
         // Fails when the process is out of descriptors, which passes.
         while let Err(reason) = self.accept(uid, &pod) {
             tracing::warn!(pod = %uid, reason, "the pod cannot be served yet; trying again");
@@ -339,7 +364,6 @@ impl Roster {
             inbound: entry.listeners.duplicate(Listener::Inbound)?,
             hbone: entry.listeners.duplicate(Listener::Hbone)?,
         };
-        self.parts.pods.serve(pod);
         self.parts.workers.add_pod(Arc::clone(pod), listeners);
         let info = pod.info.load();
         let name = format_args!("{}/{}", info.namespace, info.name);

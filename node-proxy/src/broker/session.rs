@@ -28,6 +28,10 @@ use crate::stock::Want;
 /// How often stocks adapt their levels and ask again for what was refused.
 const TICK: Duration = Duration::from_millis(500);
 
+/// How long a process that has just started waits for the certificates of all pods before it serves those
+/// whose certificates are there.
+const GATE_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
@@ -91,6 +95,8 @@ pub(super) async fn run(broker: &Broker, connection: &Connection) -> (SessionErr
         Ok(never) => match never {},
         Err(error) => error,
     };
+    // If the agent dies in the middle of its snapshot, what it did name is served.
+    broker.roster.open_gate();
     (error, session.welcomed)
 }
 
@@ -122,8 +128,6 @@ impl Session<'_> {
                 () = ended(&mut self.completion) => {
                     self.completion = None;
                     self.complete = true;
-                    // Every identity that is wanted here is asked for by now.
-                    self.broker.roster.parts.identities.wipe_unwanted();
                     self.say_ready()?;
                 }
                 wants = self.broker.supply.wants() => self.ask(wants)?,
@@ -286,17 +290,34 @@ impl Session<'_> {
                 "a new connection to the agent: accepting again until it says otherwise"
             );
         }
-        let mut loaded = self.broker.roster.parts.table.loaded();
-        let identities = Arc::clone(&self.broker.roster.parts.identities);
+        let roster = Arc::clone(&self.broker.roster);
         self.completion = Some(Box::pin(async move {
+            let mut loaded = roster.parts.table.loaded();
             // Fails only when the table is gone, with the process.
             let _ = loaded.wait_for(|loaded| *loaded).await;
+            let certified = async {
+                for stage in &stages {
+                    let mut stage = stage.clone();
+                    // A pod that is removed or cannot be served does not hold up the others.
+                    let _ = stage.wait_for(|stage| *stage != Stage::Starting).await;
+                }
+            };
+            if tokio::time::timeout(GATE_PATIENCE, certified)
+                .await
+                .is_err()
+            {
+                let waiting = roster.waiting();
+                tracing::warn!(
+                    ?waiting,
+                    "not every certificate is there: accepting for the others"
+                );
+            }
+            roster.open_gate();
             for stage in stages {
-                // A pod that is removed or cannot be served does not hold up the others.
                 let _ = served(stage).await;
             }
             // All pods of the node are known now: keys of others need not be kept.
-            identities.wipe_unwanted();
+            roster.parts.identities.wipe_unwanted();
         }));
     }
 
@@ -469,13 +490,10 @@ async fn send_all(
 
 /// Waits until the pod is served or cannot be.
 async fn served(mut stage: watch::Receiver<Stage>) -> Result<(), String> {
-    match stage
-        .wait_for(|stage| *stage != Stage::Starting)
-        .await
-        .as_deref()
-    {
+    let settled = |stage: &Stage| matches!(stage, Stage::Served | Stage::Failed(_));
+    match stage.wait_for(settled).await.as_deref() {
         Ok(Stage::Failed(reason)) => Err(reason.clone()),
-        Ok(Stage::Served | Stage::Starting) => Ok(()),
+        Ok(_served) => Ok(()),
         Err(_gone) => Err("the pod was removed or replaced meanwhile".into()),
     }
 }

@@ -450,6 +450,67 @@ async fn a_pod_is_acknowledged_when_table_and_certificate_are_there_and_ready_fo
 }
 
 #[tokio::test]
+async fn nothing_is_accepted_before_the_certificates_of_all_pods_are_there() {
+    let proxy = Proxy::start();
+    proxy.load_table();
+    proxy.authority.permits.add_permits(1);
+    let (mut agent, _) = proxy.agent().await;
+    agent
+        .send(to_proxy::Body::Welcome(Welcome::default()), &[])
+        .await;
+    let (host, one, two) = (
+        Listeners::host(),
+        Listeners::pod("one"),
+        Listeners::pod("two"),
+    );
+    agent.send(host.as_host(), &host.sockets).await;
+    let one = agent.send(one.as_pod(), &one.sockets).await;
+    let as_another = match two.as_pod() {
+        to_proxy::Body::AddPod(mut add) => {
+            add.pod.as_mut().unwrap().service_account = "another".into();
+            to_proxy::Body::AddPod(add)
+        }
+        other => other,
+    };
+    let two = agent.send(as_another, &two.sockets).await;
+    agent
+        .send(to_proxy::Body::SnapshotEnd(SnapshotEnd {}), &[])
+        .await;
+    // One of the two identities has its certificate.
+    let identities = Arc::clone(&proxy.broker.roster.parts.identities);
+    let mut changed = identities.changed();
+    let one_is_held = |_: &u64| {
+        let held = |account| {
+            let identity = Identity::new("cluster.local", "demo", account).unwrap();
+            identities.get(&identity).is_some()
+        };
+        held("web") != held("another")
+    };
+    let held = tokio::time::timeout(PATIENCE, changed.wait_for(one_is_held)).await;
+    held.unwrap().unwrap();
+    agent.send(remove("other"), &[]).await;
+    loop {
+        let (message, _) = agent.receive().await;
+        match message.body.unwrap() {
+            to_agent::Body::Ack(ack) => assert!(ack.of != one && ack.of != two, "served too early"),
+            to_agent::Body::PodDrained(_) => break,
+            _ => {}
+        }
+    }
+    proxy.authority.permits.add_permits(1);
+    let mut acknowledged = HashSet::new();
+    while acknowledged.len() < 2 {
+        let (message, _) = agent.receive().await;
+        if let Some(to_agent::Body::Ack(ack)) = message.body
+            && (ack.of == one || ack.of == two)
+        {
+            assert_eq!(ack.error, "");
+            acknowledged.insert(ack.of);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_restarted_agent_is_offered_what_it_lacks_and_the_very_same_sockets() {
     let proxy = Proxy::able();
     let pod = Listeners::pod("one");

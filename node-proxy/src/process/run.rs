@@ -60,8 +60,9 @@ impl RunError {
     pub fn code(&self) -> u8 {
         match self {
             // Another start would fail alike.
-            Self::Config(_) | Self::Process(SupervisorError::Privileges(_)) => EX_CONFIG,
-            Self::Process(_) | Self::Logging(_) | Self::Part(_) | Self::System(..) => 1,
+            Self::Config(_) => EX_CONFIG,
+            Self::Process(error) => error.code(),
+            Self::Logging(_) | Self::Part(_) | Self::System(..) => 1,
         }
     }
 }
