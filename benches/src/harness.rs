@@ -74,6 +74,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     std::fs::create_dir_all(&options.work)
         .map_err(io(format!("make {}", options.work.display())))?;
     netns::remove_stale();
+    report::warn_if_busy();
     let arms = arm::start(options)?;
     let mut report = Report::new(options, &arms);
     for arm in &arms {

@@ -32,6 +32,7 @@ impl Report {
         let names: Vec<_> = arms.iter().map(|arm| arm.name.to_string()).collect();
         Report {
             machine: BTreeMap::from([
+                ("loadAverageBefore", load_average()),
                 (
                     "kernel",
                     read("/proc/sys/kernel/osrelease").trim().to_owned(),
@@ -351,6 +352,20 @@ impl Memory {
             .max()?;
         Some(growth as f64 / connections as f64)
     }
+}
+
+/// Other work on the machine spoils every number, and steal does not show it.
+pub(super) fn warn_if_busy() {
+    let load = load_average();
+    if load.parse::<f64>().is_ok_and(|load| load > 0.5) {
+        eprintln!("warning: load average {load}; measure on an idle machine");
+    }
+}
+
+/// Of the last minute.
+fn load_average() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {

@@ -62,7 +62,15 @@ impl Lab {
         let manifest = options.work.join("lab.yaml");
         std::fs::write(&manifest, manifests(&this))
             .map_err(io(format!("write {}", manifest.display())))?;
-        succeed(lab.lab("up").args(["--nodes", "2", "-f"]).arg(&manifest))?;
+        // The yardstick writes no access log either; the lab's default does.
+        let overlay = options.work.join("proxy.yaml");
+        std::fs::write(&overlay, "accessLog: off\n")
+            .map_err(io(format!("write {}", overlay.display())))?;
+        let mut up = lab.lab("up");
+        up.args(["--nodes", "2", "--workers", "1"]);
+        up.arg("--config")
+            .arg(format!("proxy={}", overlay.display()));
+        succeed(up.arg("-f").arg(&manifest))?;
         lab.pin()?;
         Ok(lab)
     }
