@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -23,12 +24,16 @@ use super::config::AgentConfig;
 #[cfg(test)]
 mod tests;
 
+type Stamp = (u64, u64, i64, i64);
+
 /// Where the plugin is installed, and how its entry reads.
 #[derive(Clone, Debug)]
 pub struct Chain {
     conf_dir: PathBuf,
     bin_dir: PathBuf,
     entry: Value,
+    /// The installed binary that was compared last, and found right: device, inode, change time.
+    verified: Arc<Mutex<Option<Stamp>>>,
 }
 
 /// What [`Chain::ensure`] found.
@@ -46,6 +51,7 @@ impl Chain {
         Self {
             conf_dir: config.cni.conf_dir.clone(),
             bin_dir: config.cni.bin_dir.clone(),
+            verified: Arc::default(),
             entry: json!({
                 "type": PLUGIN,
                 "socket": config.cni_socket,
@@ -59,7 +65,13 @@ impl Chain {
     pub async fn keep(self) {
         let changed = Arc::new(Notify::new());
         let notify = Arc::clone(&changed);
-        let mut watcher = notify::recommended_watcher(move |_| notify.notify_one())
+        // Reading a file is an event, too: acting on it would go round for ever.
+        let changes = move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                notify.notify_one();
+            }
+        };
+        let mut watcher = notify::recommended_watcher(changes)
             .inspect_err(|error| {
                 tracing::warn!(%error, "CNI: directories cannot be watched; looking every {INTERVAL:?}");
             })
@@ -197,16 +209,25 @@ impl Chain {
     }
 
     fn install_binary(&self) -> io::Result<()> {
-        let wanted = fs::read("/proc/self/exe")?;
         let path = self.bin_dir.join(PLUGIN);
+        let stamp = |file: &fs::Metadata| (file.dev(), file.ino(), file.ctime(), file.ctime_nsec());
+        let found = fs::metadata(&path).ok().map(|file| stamp(&file));
+        let mut verified = self.verified.lock();
+        if found.is_some() && *verified == found {
+            return Ok(());
+        }
+        let wanted = fs::read("/proc/self/exe")?;
         let executable = |file: &fs::Metadata| file.mode() & 0o777 == 0o755;
         if fs::metadata(&path)
             .is_ok_and(|file| executable(&file) && file.len() == wanted.len() as u64)
             && fs::read(&path)? == wanted
         {
+            *verified = found;
             return Ok(());
         }
-        write_beside(&path, &wanted, 0o755, None)
+        write_beside(&path, &wanted, 0o755, None)?;
+        *verified = Some(stamp(&fs::metadata(&path)?));
+        Ok(())
     }
 }
 
