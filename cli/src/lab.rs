@@ -27,6 +27,7 @@ mod launch;
 mod list;
 mod manifests;
 mod mesh;
+mod mesh_files;
 pub(crate) mod names;
 mod netns;
 mod network;

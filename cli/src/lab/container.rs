@@ -28,6 +28,7 @@ pub(crate) fn launch(pod: &Pod, place: &Place) -> Launch {
     Launch {
         argv: words.map(|word| expand(word, &env)).collect(),
         env,
+        hostname: pod.metadata.name.clone(),
         workdir: container.working_dir.as_ref().map(PathBuf::from),
         user: user(spec, container),
         ..Launch::default()

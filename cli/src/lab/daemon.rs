@@ -96,6 +96,8 @@ async fn serve(name: &LabName) -> Result<()> {
     let spec: Spec = serde_json::from_str(&text).context(paths.spec().display())?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let lab = Rc::new(Lab::new(name.clone(), paths, spec));
+    let manifests = lab.paths.manifests();
+    std::fs::create_dir_all(&manifests).context(manifests.display())?;
     network::build(&lab).await?;
     let listener = UnixListener::bind(lab.paths.socket()).context(lab.paths.socket().display())?;
     let mut tasks = JoinSet::new();

@@ -33,6 +33,7 @@ pub(crate) fn exec(options: &Exec) -> Result<Error> {
         env,
         netns: Some(pod.netns.clone()),
         files: hosts::mounts(&name.paths().pod(&pod.namespace, &pod.name)),
+        hostname: Some(pod.name.clone()),
         user: pod.run_as,
         ..Launch::default()
     };

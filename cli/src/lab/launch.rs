@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Pid, Uid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Gid, Pid, Uid, setgid, setgroups, sethostname, setsid, setuid};
 use serde::{Deserialize, Serialize};
 
 use super::sys;
@@ -39,6 +39,8 @@ pub(crate) struct Launch {
     /// Files put over others, in a mount namespace of its own: (what, over what). A file that this
     /// machine does not have is not covered.
     pub(crate) files: Vec<(PathBuf, PathBuf)>,
+    /// Host name, in a UTS namespace of its own.
+    pub(crate) hostname: Option<String>,
     pub(crate) workdir: Option<PathBuf>,
     /// User and group; none: root.
     pub(crate) user: Option<(u32, u32)>,
@@ -88,6 +90,12 @@ impl Launch {
         }
         if !self.files.is_empty() {
             self.cover_files()?;
+        }
+        if let Some(hostname) = &self.hostname {
+            unshare(CloneFlags::CLONE_NEWUTS).context("a UTS namespace")?;
+            // The kernel takes 64 bytes, as a Kubernetes host name has.
+            let end = hostname.len().min(63);
+            sethostname(&hostname[..end]).context("the host name")?;
         }
         raise_descriptor_limit();
         // Before the rights are gone: the program may lie where only root can look.
