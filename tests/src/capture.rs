@@ -33,6 +33,8 @@ impl Capture {
             .args([
                 "-i",
                 &interface,
+                "-B",
+                "65536", // KiB; the default loses packets of a burst
                 "-U",
                 "--immediate-mode",
                 "-s",

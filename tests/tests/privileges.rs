@@ -40,19 +40,25 @@ fn proxies_have_no_privileges_and_refuse_any() {
             );
         }
 
-        // The same configuration, started by root with every capability.
+        // The same configuration, with privileges.
         let proxy = command_line(lab.node("node-1").supervisor);
         let mut words = proxy.split(' ').skip_while(|w| *w != "--config");
         let config = words
             .nth(1)
             .unwrap_or_else(|| panic!("no --config in {proxy:?}"));
-        let mut command = Command::new(binary("warren-node-proxy"));
-        let done = run(command.args(["--config", config]), Duration::from_secs(10));
-        assert!(!done.ok(), "a privileged proxy started: {done}");
-        let said = (done.stdout.clone() + &done.stderr).to_lowercase();
-        assert!(
-            said.contains("capabilit") || said.contains("root"),
-            "it does not say why: {done}"
-        );
+        let proxy = binary("warren-node-proxy").display().to_string();
+        let mut as_root = Command::new(&proxy);
+        expect_refusal(&mut as_root, config, "uid 0");
+        let mut with_capability = Command::new("setpriv");
+        with_capability.args(["--reuid=65532", "--regid=65532", "--clear-groups"]);
+        with_capability.args(["--inh-caps=+net_admin", "--ambient-caps=+net_admin", &proxy]);
+        expect_refusal(&mut with_capability, config, "capabilit");
     });
+}
+
+fn expect_refusal(command: &mut Command, config: &str, reason: &str) {
+    let done = run(command.args(["--config", config]), Duration::from_secs(10));
+    assert!(!done.ok(), "a privileged proxy started: {done}");
+    let said = done.stdout.clone() + &done.stderr;
+    assert!(said.contains(reason), "it does not say {reason:?}: {done}");
 }

@@ -33,7 +33,7 @@ enum What {
     },
     /// Time from connect to the server's first bytes, `count` times: {"median_us": n, "first": "..."}
     Greeting { target: String, count: usize },
-    /// Sends a text and reads to the end or for 2 s: {"answer": "..."}
+    /// Sends a text, ends the sending half, reads to the end or for 2 s: {"answer": "..."}
     Send { target: String, text: String },
 }
 
@@ -181,6 +181,7 @@ fn send(target: &str, text: &str) -> std::io::Result<Value> {
     let mut stream = connect(target)?;
     stream.set_read_timeout(Some(Duration::from_secs(2)))?;
     stream.write_all(text.as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     let end = loop {
