@@ -2,6 +2,8 @@
 //!
 //! Needs root, nftables, iproute2 and the `containernetworking-plugins`.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::net::SocketAddr;
@@ -598,6 +600,92 @@ fn a_pod_whose_sandbox_is_made_anew_is_served_in_the_new_one() {
             network.delete(&second, "web", None);
             assert_eq!(phase(&config, "web"), None);
             eventually("not served any more", || !proxy.serves("web"));
+        },
+    );
+}
+
+#[test]
+fn uninstall_takes_every_pod_out_and_leaves_the_chain_as_it_was() {
+    on_a_node(
+        "uninstall_takes_every_pod_out_and_leaves_the_chain_as_it_was",
+        |world| {
+            let mut config = world.config();
+            config.cni.install = true;
+            std::fs::create_dir_all(&config.cni.conf_dir).unwrap();
+            let mut network = Network::new(&world, "ptp", "0.3.1");
+            let mut conf = network.list["plugins"][0].clone();
+            conf["cniVersion"] = "0.3.1".into();
+            conf["name"] = "wct".into();
+            let (conf_file, list_file) = (
+                config.cni.conf_dir.join("10-wct.conf"),
+                config.cni.conf_dir.join("10-wct.conflist"),
+            );
+            std::fs::write(&conf_file, conf.to_string()).unwrap();
+            let config_file = world.directory.join("agent.yaml");
+            let yaml = json!({
+                "node": config.node,
+                "nodeAddresses": config.node_addresses,
+                "controller": {"address": "127.0.0.1:1", "trustBundle": "/nonexistent", "tokenFile": "/nonexistent"},
+                "brokerSocket": config.broker_socket,
+                "cniSocket": config.cni_socket,
+                "stateDir": config.state_dir,
+                "cni": {"confDir": config.cni.conf_dir, "binDir": config.cni.bin_dir, "install": true},
+                "proxyUid": 0,
+            });
+            std::fs::write(&config_file, yaml.to_string()).unwrap();
+            let uninstall = |deadline: &str| {
+                std::process::Command::new(env!("CARGO_BIN_EXE_warren-cni"))
+                    .args(["uninstall", "--deadline", deadline, "--config"])
+                    .arg(&config_file)
+                    .status()
+                    .unwrap()
+                    .success()
+            };
+
+            let controller = FakeController::new();
+            let agent = RunningAgent::start(&config, &controller);
+            let proxy = Proxy::start(&config.broker_socket, "first");
+            eventually("in the chain", || list_file.exists() && !conf_file.exists());
+            let list: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(&list_file).unwrap()).unwrap();
+            network.list = list;
+            controller.pod("web", true);
+            controller.pod("client", false);
+            let (web, client) = (world.sandbox("web"), world.sandbox("client"));
+            let untouched = web.exec("nft", &["list", "ruleset"]);
+            let address = addresses(&network.add(&web, "web").unwrap())[0];
+            network.add(&client, "client").unwrap();
+            serve(&web, 8080);
+            let to = SocketAddr::new(address, 8080);
+            assert!(Call::open(&client, to).unwrap().works());
+            assert_eq!(proxy.accepted().len(), 1);
+
+            // Through the agent that runs.
+            assert!(uninstall("20"));
+            assert_eq!(
+                std::fs::read_to_string(&conf_file).unwrap(),
+                conf.to_string()
+            );
+            assert!(!list_file.exists() && !config.cni.bin_dir.join("warren-cni").exists());
+            assert_eq!(phase(&config, "web"), Some(Phase::Direct));
+            assert_eq!(web.exec("nft", &["list", "ruleset"]), untouched);
+            assert!(Call::open(&client, to).unwrap().works());
+            assert_eq!(proxy.accepted().len(), 1);
+
+            // Without one, and with a connection that does not end: cut at the deadline.
+            agent.kill();
+            let agent = RunningAgent::start(&config, &controller);
+            eventually("enrolled again", || {
+                controller.state_of("web") == Some(PodState::Ready)
+            });
+            let mut captured = Call::open(&client, to).unwrap();
+            assert!(captured.works());
+            agent.kill();
+            assert!(!uninstall("3"), "it says that connections were cut");
+            assert!(!captured.works());
+            assert!(!list_file.exists() && conf_file.exists());
+            assert!(!web.traces().contains("warren") && !web.traces().contains("0x111"));
+            assert!(!config.cni_socket.exists());
         },
     );
 }

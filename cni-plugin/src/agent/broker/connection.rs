@@ -492,7 +492,13 @@ impl Sender<'_> {
     ) -> io::Result<()> {
         let id = self.next_id;
         self.next_id += 1;
-        self.sent.lock().insert(id, asked);
+        {
+            let mut sent = self.sent.lock();
+            if sent.len() >= UNANSWERED {
+                return Err(io::Error::other("it does not acknowledge"));
+            }
+            sent.insert(id, asked);
+        }
         let sockets = listeners.map(|l| l.sockets.as_slice()).unwrap_or_default();
         let fds: Vec<BorrowedFd<'_>> = sockets.iter().map(|s| s.fd.as_fd()).collect();
         self.write(
@@ -544,6 +550,8 @@ fn ack(of: u64, result: Result<(), String>) -> to_proxy::Body {
 
 /// Replies that wait for the sending half.
 const REPLIES: usize = 64;
+/// Requests a proxy may owe an answer: more than a node has pods, which wait for certificates.
+const UNANSWERED: usize = 4096;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// A proxy that says it holds listeners and does not offer them is not waited for longer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(3);
