@@ -6,17 +6,18 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 LAB ?= demo
+PROGRAMS := $(addprefix -p ,warren warren-cni warren-controller warren-node-proxy warren-benches)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-build: ## all binaries, target/release/
+build: ## all programs, target/release/
 	@scripts/install-deps.sh build
-	cargo build --release --workspace --bins
+	cargo build --release $(PROGRAMS)
 
 lab: ## a demo mesh on this machine: builds, starts it, sends traffic, verifies, leaves it running (root)
 	@scripts/install-deps.sh build lab
-	cargo build --release --workspace --bins
+	cargo build --release $(PROGRAMS)
 	@scripts/lab-demo.sh $(LAB)
 
 lab-down: ## stop the demo mesh and remove every trace of it
@@ -46,7 +47,7 @@ test-long: ## soaks, scale and the whole bench (root; an hour or two on an idle 
 
 bench: ## side by side: direct, Warren, Envoy; table on the screen, JSON in target/bench/ (root)
 	@scripts/install-deps.sh build lab bench
-	cargo build --profile dist --workspace --bins
+	cargo build --profile dist $(PROGRAMS)
 	target/dist/warren-bench run $(BENCH_ARGS)
 
 bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
@@ -55,7 +56,7 @@ bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
 
 bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
 	@scripts/install-deps.sh build lab bench
-	cargo build --release --workspace --bins
+	cargo build --release $(PROGRAMS)
 	cargo test --release -p warren-benches --benches
 	target/release/warren-bench run --smoke
 
@@ -65,6 +66,6 @@ deny: ## licences, sources, bans and duplicates of dependencies
 
 doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
-	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
 .PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke deny doc
