@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
 use parking_lot::Mutex;
-use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -52,7 +51,6 @@ impl Chain {
         Self {
             conf_dir: config.cni.conf_dir.clone(),
             bin_dir: config.cni.bin_dir.clone(),
-            installed: Arc::default(),
             verified: Arc::default(),
             entry: json!({
                 "type": PLUGIN,
@@ -212,21 +210,23 @@ impl Chain {
 
     fn install_binary(&self) -> io::Result<()> {
         let path = self.bin_dir.join(PLUGIN);
-        let identity = || {
-            let file = fs::metadata(&path).ok()?;
-            Some((file.ino(), file.len(), file.ctime(), file.ctime_nsec()))
-        };
-        let mut installed = self.installed.lock();
-        if installed.is_some() && *installed == identity() {
+        let stamp = |file: &fs::Metadata| (file.dev(), file.ino(), file.ctime(), file.ctime_nsec());
+        let found = fs::metadata(&path).ok().map(|file| stamp(&file));
+        let mut verified = self.verified.lock();
+        if found.is_some() && *verified == found {
             return Ok(());
         }
         let wanted = fs::read("/proc/self/exe")?;
-        let right = fs::metadata(&path).is_ok_and(|file| file.mode() & 0o777 == 0o755)
-            && fs::read(&path).is_ok_and(|is| is == wanted);
-        if !right {
-            write_beside(&path, &wanted, 0o755, None)?;
+        let executable = |file: &fs::Metadata| file.mode() & 0o777 == 0o755;
+        if fs::metadata(&path)
+            .is_ok_and(|file| executable(&file) && file.len() == wanted.len() as u64)
+            && fs::read(&path)? == wanted
+        {
+            *verified = found;
+            return Ok(());
         }
-        *installed = identity();
+        write_beside(&path, &wanted, 0o755, None)?;
+        *verified = Some(stamp(&fs::metadata(&path)?));
         Ok(())
     }
 }
