@@ -9,8 +9,9 @@
 //! again, with the options the agent set (`docs/architecture.md`, "Sockets"). [`Stock::give_back`] takes
 //! only sockets whose connection is over on both sides, so nothing in flight is lost.
 //!
-//! Levels: a stock holds 30 s of what was lately taken and not given back, at least a small floor. All
-//! stocks together hold at most a quarter of the descriptors that are not in use; beyond that a stock
+//! Levels: a stock is filled up to 30 s of what was lately taken and not given back, at least a small floor;
+//! of what is given back it keeps a burst more, so that many short connections go round with the same
+//! sockets. All stocks together hold at most a quarter of the descriptors that are not in use; beyond that a stock
 //! still gets its floor and what is being waited for, so that a busy pod cannot starve another.
 
 use std::collections::HashSet;
@@ -40,7 +41,9 @@ const FLOOR_V4: usize = 8;
 const FLOOR_V6: usize = 2;
 /// How long the stock is to last at the recent rate.
 const LASTS_SECONDS: f64 = 30.0;
-/// Time constant of the rate's exponential average.
+/// Sockets of that many seconds are kept when they come back, for the next burst.
+const BURST_SECONDS: f64 = 0.5;
+/// Time constant of the rates' exponential averages.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
 
 /// The stock of one namespace. Taken from by any thread.
@@ -63,7 +66,10 @@ struct Shelf {
 #[derive(Debug)]
 struct ShelfState {
     sockets: Vec<OwnedFd>,
-    rate: Rate,
+    /// Taken less given back.
+    net: Rate,
+    /// Taken.
+    gross: Rate,
     /// Takers that wait now.
     waiting: usize,
     /// A request is under way.
@@ -141,9 +147,12 @@ impl Stock {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
         if usable {
-            state.rate.add(-1.0, (self.supply.now)());
+            state.net.add(-1.0, (self.supply.now)());
         }
-        let kept = usable && state.sockets.len() < self.level(shelf, &mut state);
+        let have = state.sockets.len();
+        let kept = usable
+            && have < self.most(shelf, &mut state)
+            && (have < shelf.floor.load(Ordering::Relaxed) || self.supply.room() > 0);
         if kept {
             state.sockets.push(socket);
             self.supply.stocked.fetch_add(1, Ordering::Relaxed);
@@ -214,8 +223,8 @@ impl Stock {
         for v6 in [false, true] {
             let shelf = self.shelf(v6);
             let mut state = shelf.state.lock();
-            let level = self.level(shelf, &mut state);
-            let surplus = state.sockets.len().saturating_sub(level);
+            let most = self.most(shelf, &mut state);
+            let surplus = state.sockets.len().saturating_sub(most);
             let closed: Vec<OwnedFd> = state.sockets.drain(..surplus).collect();
             drop(state);
             self.supply.stocked.fetch_sub(surplus, Ordering::Relaxed);
@@ -228,7 +237,9 @@ impl Stock {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
         let socket = state.sockets.pop()?;
-        state.rate.add(1.0, (self.supply.now)());
+        let now = (self.supply.now)();
+        state.net.add(1.0, now);
+        state.gross.add(1.0, now);
         let level = self.level(shelf, &mut state);
         let low = shelf.is_low(&state, level);
         drop(state);
@@ -252,10 +263,17 @@ impl Stock {
 
     /// How many sockets are to be ready.
     fn level(&self, shelf: &Shelf, state: &mut ShelfState) -> usize {
-        let lasting = state.rate.per_second((self.supply.now)()) * LASTS_SECONDS;
+        let lasting = state.net.per_second((self.supply.now)()) * LASTS_SECONDS;
         // A float to integer cast saturates.
         let lasting = lasting.ceil() as usize;
         shelf.floor.load(Ordering::Relaxed).max(lasting)
+    }
+
+    /// How many may be ready.
+    fn most(&self, shelf: &Shelf, state: &mut ShelfState) -> usize {
+        let burst = state.gross.per_second((self.supply.now)()) * BURST_SECONDS;
+        // A float to integer cast saturates.
+        self.level(shelf, state).max(burst.ceil() as usize)
     }
 
     fn want(&self, v6: bool) {
@@ -280,7 +298,8 @@ impl Shelf {
             floor: AtomicUsize::new(floor),
             state: Mutex::new(ShelfState {
                 sockets: Vec::new(),
-                rate: Rate::new(),
+                net: Rate::new(),
+                gross: Rate::new(),
                 waiting: 0,
                 requested: false,
             }),

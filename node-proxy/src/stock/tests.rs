@@ -168,6 +168,46 @@ async fn all_stocks_together_are_bounded_but_each_gets_its_floor() {
 }
 
 #[tokio::test]
+async fn short_connections_go_round_with_the_same_sockets() {
+    use socket2::{Domain, Socket, Type};
+
+    let supply = supply(10_000);
+    let stock = stock(&supply, "pod");
+    let mut asked = 0;
+    // Bursts of 20, a hundred a second, for a minute.
+    for _ in 0..300 {
+        let mut burst = Vec::new();
+        while burst.len() < 20 {
+            if stock.available(false) == 0 {
+                // A taker that waits.
+                let _waiting = Waiting::new(&stock.v4);
+                let count = stock.open_request(false).unwrap();
+                let made = || {
+                    Socket::new(Domain::IPV4, Type::STREAM, None)
+                        .unwrap()
+                        .into()
+                };
+                stock.fill(false, (0..count).map(|_| made()).collect());
+                asked += count;
+            }
+            burst.push(take(&stock).await.unwrap());
+        }
+        advance(Duration::from_millis(200));
+        burst
+            .into_iter()
+            .for_each(|socket| stock.give_back(socket, false));
+    }
+    // Most of them while the averages settle.
+    assert!(asked < 400, "{asked} sockets for 6000 connections");
+    advance(Duration::from_secs(120));
+    stock.tick();
+    assert_eq!(
+        (stock.available(false), supply.stocked()),
+        (FLOOR_V4, FLOOR_V4)
+    );
+}
+
+#[tokio::test]
 async fn what_is_not_a_finished_connection_is_closed() {
     let supply = supply(1000);
     let stock = stock(&supply, "pod");
