@@ -146,7 +146,6 @@ struct View {
 
 impl Table {
     /// An empty table that is not loaded.
-    #[allow(clippy::new_ret_no_self)]
     pub fn new() -> Arc<Table> {
         Arc::new(Table {
             view: View::default(),

@@ -6,7 +6,7 @@
 //! outside the mesh.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_api::client::delta::Update;
@@ -15,8 +15,9 @@ use mesh_api::proto::Resource;
 use mesh_api::proto::mesh;
 
 use super::decode::{self, Interner, Slice};
-use super::{Mesh, Service, ServicePort, View, Workload};
-use crate::balance::{EndpointSet, EndpointSpec};
+use super::{Mesh, Service, View, Workload};
+
+mod services;
 
 /// A type of resource that the table holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -330,143 +331,6 @@ impl Model {
             }
         }
     }
-
-    fn apply_services(
-        &mut self,
-        view: &View,
-        updates: &[Update],
-        removed: &[String],
-        applied: &mut Applied,
-    ) {
-        for update in updates {
-            match decode::service(&update.name, &update.value, &mut self.interner) {
-                Ok(spec) => self.put_service(view, update, spec),
-                Err(reason) => applied.reject(&update.name, reason, false),
-            }
-        }
-        for name in removed {
-            if let Some(old) = self.services.remove(name.as_str()) {
-                withdraw(view, &old.value, None);
-            }
-        }
-    }
-
-    fn put_service(&mut self, view: &View, update: &Update, spec: decode::ServiceSpec) {
-        let old = self
-            .services
-            .get(update.name.as_str())
-            .map(|h| Arc::clone(&h.value));
-        let endpoints_of = |port: u16| {
-            let known = old.iter().flat_map(|s| &s.ports).find(|p| p.port == port);
-            known.map_or_else(
-                || Arc::new(EndpointSet::new()),
-                |p| Arc::clone(&p.endpoints),
-            )
-        };
-        let service = (Arc::clone(&spec.namespace), Arc::clone(&spec.name));
-        let ports = spec
-            .ports
-            .into_iter()
-            .map(|p| {
-                Arc::new(ServicePort {
-                    service: service.clone(),
-                    port: p.port,
-                    name: p.name,
-                    node_port: p.node_port,
-                    app_protocol: p.app_protocol,
-                    endpoints: endpoints_of(p.port),
-                })
-            })
-            .collect();
-        let service = Arc::new(Service {
-            namespace: spec.namespace,
-            name: spec.name,
-            addresses: spec.addresses,
-            ports,
-        });
-        // Its endpoints are in place before anyone can find it.
-        self.set_endpoints(&update.name, &service);
-        publish(view, &service);
-        if let Some(old) = &old {
-            withdraw(view, old, Some(&service));
-        }
-        let held = Held {
-            version: update.version.as_str().into(),
-            value: service,
-        };
-        self.services.insert(update.name.as_str().into(), held);
-    }
-
-    fn apply_slices(&mut self, updates: &[Update], removed: &[String], applied: &mut Applied) {
-        let mut touched = BTreeSet::new();
-        for update in updates {
-            match decode::slice(&update.name, &update.value, &mut self.interner) {
-                Ok(slice) => {
-                    touched.extend(self.remove_slice(&update.name));
-                    let name: Arc<str> = update.name.as_str().into();
-                    let of = self
-                        .slices_of
-                        .entry(Arc::clone(&slice.service))
-                        .or_default();
-                    of.insert(Arc::clone(&name));
-                    touched.insert(Arc::clone(&slice.service));
-                    self.slices
-                        .insert(name, (update.version.as_str().into(), slice));
-                }
-                Err(reason) => applied.reject(&update.name, reason, false),
-            }
-        }
-        for name in removed {
-            touched.extend(self.remove_slice(name));
-        }
-        for service in touched {
-            if let Some(held) = self.services.get(&service) {
-                self.set_endpoints(&service, &held.value);
-            }
-        }
-    }
-
-    /// Returns the Service the slice belonged to.
-    fn remove_slice(&mut self, name: &str) -> Option<Arc<str>> {
-        let (_, slice) = self.slices.remove(name)?;
-        if let Some(of) = self.slices_of.get_mut(&slice.service) {
-            of.remove(name);
-            if of.is_empty() {
-                self.slices_of.remove(&slice.service);
-            }
-        }
-        Some(slice.service)
-    }
-
-    fn set_endpoints(&self, name: &str, service: &Service) {
-        let slices: Vec<&Slice> = self
-            .slices_of
-            .get(name)
-            .into_iter()
-            .flatten()
-            .filter_map(|slice| self.slices.get(slice).map(|(_, slice)| slice))
-            .collect();
-        for port in &service.ports {
-            let mut specs = Vec::new();
-            for slice in &slices {
-                let Some((_, target)) = slice.ports.iter().find(|(name, _)| *name == port.name)
-                else {
-                    continue;
-                };
-                specs.extend(slice.endpoints.iter().map(|e| EndpointSpec {
-                    address: SocketAddr::new(e.address, *target),
-                    ready: e.ready,
-                    serving: e.serving,
-                    terminating: e.terminating,
-                    node: Arc::clone(&e.node),
-                    zone: Arc::clone(&e.zone),
-                }));
-            }
-            // An endpoint that is moving between slices may be in both: the ready one counts.
-            specs.sort_by_key(|spec| !spec.ready);
-            port.endpoints.set(specs);
-        }
-    }
 }
 
 impl Applied {
@@ -493,46 +357,6 @@ impl Applied {
             text.push(format!("and {} more", self.rejected.len() - REPORTED));
         }
         Err(text.join("; "))
-    }
-}
-
-fn is_same(a: &Service, b: &Service) -> bool {
-    a.namespace == b.namespace && a.name == b.name
-}
-
-fn publish(view: &View, service: &Arc<Service>) {
-    for address in &service.addresses {
-        let mut here = view.services.entry(*address).or_default();
-        here.retain(|other| !is_same(other, service));
-        here.push(Arc::clone(service));
-        here.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-    }
-    for port in &service.ports {
-        if let Some(node_port) = port.node_port {
-            view.node_ports.insert(node_port, Arc::clone(port));
-        }
-    }
-}
-
-/// Takes away what `old` had and `new` has not.
-fn withdraw(view: &View, old: &Service, new: Option<&Service>) {
-    for address in &old.addresses {
-        if new.is_some_and(|new| new.addresses.contains(address)) {
-            continue;
-        }
-        view.services.remove_if_mut(address, |_, here| {
-            here.retain(|other| !is_same(other, old));
-            here.is_empty()
-        });
-    }
-    let kept = |node_port: u16| {
-        new.is_some_and(|new| new.ports.iter().any(|p| p.node_port == Some(node_port)))
-    };
-    for port in &old.ports {
-        if let Some(node_port) = port.node_port.filter(|n| !kept(*n)) {
-            view.node_ports
-                .remove_if(&node_port, |_, held| held.service == port.service);
-        }
     }
 }
 
