@@ -33,8 +33,6 @@ use super::record::Store;
 use super::sockets::{ListenerSocket, Sockets, check_listener, host_listeners, pod_listeners};
 
 mod connection;
-#[cfg(test)]
-mod tests;
 
 /// Connections of proxies that are served at once: an old and a new one, and a few that are going.
 pub const MAX_PROXIES: usize = 8;
@@ -252,11 +250,6 @@ impl Broker {
             Work::Leave => None,
         })
         .await
-    }
-
-    /// Waits until a proxy is ready.
-    pub async fn ready(&self) {
-        self.until(|state| state.any_ready().then_some(())).await;
     }
 
     /// A proxy is ready.

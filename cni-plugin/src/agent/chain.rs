@@ -78,6 +78,14 @@ impl Chain {
             .ok();
         let mut last = None;
         loop {
+            if let Some(watcher) = &mut watcher {
+                // Before the look, so that no change falls between the two; and again each time: a
+                // directory may have been replaced. What fails is said by the look.
+                for directory in [&self.conf_dir, &self.bin_dir] {
+                    let _ = fs::create_dir_all(directory);
+                    let _ = watcher.watch(directory, RecursiveMode::NonRecursive);
+                }
+            }
             let chain = self.clone();
             let result = tokio::task::spawn_blocking(move || chain.ensure()).await;
             let text = match result {
@@ -94,12 +102,6 @@ impl Chain {
             if last.as_ref() != Some(&text) {
                 tracing::info!("{text}");
                 last = Some(text);
-            }
-            if let Some(watcher) = &mut watcher {
-                // Again each time: a directory may have been replaced.
-                for directory in [&self.conf_dir, &self.bin_dir] {
-                    let _ = watcher.watch(directory, RecursiveMode::NonRecursive);
-                }
             }
             // Elapsed: look anyway.
             let _ = tokio::time::timeout(INTERVAL, changed.notified()).await;
