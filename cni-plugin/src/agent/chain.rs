@@ -2,7 +2,7 @@
 //! the runtime uses, the first one by name.
 //!
 //! Other programs own those files and rewrite them when they like; inotify tells, and a look every
-//! [`INTERVAL`] catches what it misses. Files are replaced by rename and keep mode and owner. Nobody
+//! 10 seconds catches what it misses. Files are replaced by rename and keep mode and owner. Nobody
 //! else's entry, field or order is changed. A single plugin's `.conf` becomes a `.conflist`; the
 //! original is kept beside it and put back on removal.
 
