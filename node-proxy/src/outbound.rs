@@ -37,7 +37,8 @@ enum Route {
     Tunnel(Box<Stream>),
     Socket {
         delivered: Delivered,
-        inbound: Option<(Flow, CapturedGuard)>,
+        /// The callee's half, if it is in this process.
+        inbound: Option<Box<(Flow, CapturedGuard)>>,
     },
 }
 
@@ -235,7 +236,7 @@ async fn to_local(
     match deliver::to_app(callee, flow.source_address.ip(), to).await {
         Ok(delivered) => Ok(Route::Socket {
             delivered,
-            inbound: Some((inbound, captured)),
+            inbound: Some(Box::new((inbound, captured))),
         }),
         Err(error) => {
             inbound.fail(context, error);
@@ -307,7 +308,7 @@ async fn relay(
             tunnel::relay::relay(&socket, send, receive, &open.sent, &open.received, buffered).await
         }
         Route::Socket { delivered, inbound } => {
-            let other = inbound.as_ref().map(|(flow, _)| flow.open(context));
+            let other = inbound.as_ref().map(|inbound| inbound.0.open(context));
             let result = tcp::relay(
                 &socket,
                 delivered.stream(),
@@ -316,14 +317,16 @@ async fn relay(
                 buffered,
             )
             .await;
-            if let (Some((flow, _captured)), Some(other)) = (&inbound, &other) {
+            if let (Some(inbound), Some(other)) = (&inbound, &other) {
                 other
                     .sent
                     .add(usize::try_from(open.sent.get()).unwrap_or(usize::MAX));
                 other
                     .received
                     .add(usize::try_from(open.received.get()).unwrap_or(usize::MAX));
-                flow.ended(context, other, result.as_ref().err().and_then(reason));
+                inbound
+                    .0
+                    .ended(context, other, result.as_ref().err().and_then(reason));
             }
             if result.is_ok() {
                 delivered.recycle();

@@ -171,11 +171,12 @@ fn request_path(head: &[u8]) -> Option<String> {
     let httparse::Status::Complete(length) = request.parse(head).ok()? else {
         return None;
     };
-    let bodiless = request.headers.iter().all(|h| {
-        !h.name.eq_ignore_ascii_case("transfer-encoding")
-            && !h.name.eq_ignore_ascii_case("upgrade")
-            && !(h.name.eq_ignore_ascii_case("content-length") && h.value != b"0")
-    });
+    let names_body = |h: &httparse::Header<'_>| {
+        h.name.eq_ignore_ascii_case("transfer-encoding")
+            || h.name.eq_ignore_ascii_case("upgrade")
+            || (h.name.eq_ignore_ascii_case("content-length") && h.value != b"0")
+    };
+    let bodiless = !request.headers.iter().any(names_body);
     (length == head.len() && bodiless && request.method == Some("GET"))
         .then(|| request.path.unwrap_or_default().into())
 }

@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use h2::Reason;
 use http::HeaderMap;
+use mesh_api::errors::ProxyError;
 
 pub mod dial;
 pub mod pool;
@@ -39,13 +40,13 @@ pub fn forwarded(source: IpAddr) -> String {
 }
 
 /// The caller named by the first `for=` of a `forwarded` header. `Ok(None)`: there is no such header.
-pub fn claimed_source(headers: &HeaderMap) -> Result<Option<IpAddr>, ()> {
+pub fn claimed_source(headers: &HeaderMap) -> Result<Option<IpAddr>, ProxyError> {
     let Some(value) = headers.get(http::header::FORWARDED) else {
         return Ok(None);
     };
     let first = value
         .to_str()
-        .map_err(|_| ())?
+        .map_err(|_| ProxyError::BadRequest)?
         .split(',')
         .next()
         .unwrap_or_default();
@@ -64,7 +65,9 @@ pub fn claimed_source(headers: &HeaderMap) -> Result<Option<IpAddr>, ()> {
         let address = bare
             .parse::<IpAddr>()
             .or_else(|_| node.parse::<SocketAddr>().map(|a| a.ip()));
-        return address.map(|a| Some(a.to_canonical())).map_err(|_| ());
+        return address
+            .map(|a| Some(a.to_canonical()))
+            .map_err(|_| ProxyError::BadRequest);
     }
     Ok(None)
 }
@@ -76,7 +79,7 @@ pub const ABORT: Reason = Reason::CANCEL;
 mod tests {
     use super::*;
 
-    fn claim(value: &str) -> Result<Option<IpAddr>, ()> {
+    fn claim(value: &str) -> Result<Option<IpAddr>, ProxyError> {
         let mut headers = HeaderMap::new();
         headers.insert(http::header::FORWARDED, value.parse().unwrap());
         claimed_source(&headers)
@@ -97,8 +100,8 @@ mod tests {
             Ok(Some("fd00::1".parse().unwrap()))
         );
         assert_eq!(claim("by=10.0.0.1"), Ok(None));
-        assert_eq!(claim("for=unknown"), Err(()));
-        assert_eq!(claim("for=_hidden"), Err(()));
+        assert_eq!(claim("for=unknown"), Err(ProxyError::BadRequest));
+        assert_eq!(claim("for=_hidden"), Err(ProxyError::BadRequest));
         assert_eq!(claimed_source(&HeaderMap::new()), Ok(None));
     }
 }

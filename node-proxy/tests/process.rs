@@ -1,5 +1,7 @@
 //! The real binary: supervisor and worker, as a user without privileges. Needs root to become that user.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;

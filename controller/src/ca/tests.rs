@@ -1,4 +1,5 @@
-use std::path::Path;
+use std::process::Command;
+use std::sync::LazyLock;
 
 use tempfile::TempDir;
 
@@ -13,11 +14,36 @@ fn settings(dir: &TempDir) -> Settings {
     }
 }
 
+/// Roots as a user's own tools make them, in every key format there is: by openssl, once a run.
 fn testdata(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("src/ca/testdata")
-        .join(name);
-    std::fs::read_to_string(path).unwrap()
+    static MADE: LazyLock<TempDir> = LazyLock::new(|| {
+        let dir = TempDir::new().unwrap();
+        let config = "[req]\ndistinguished_name=dn\n[dn]\n[root]\nbasicConstraints=critical,CA:TRUE\n\
+                      keyUsage=critical,keyCertSign,cRLSign\n[leaf]\nbasicConstraints=CA:FALSE\n";
+        std::fs::write(dir.path().join("openssl.cnf"), config).unwrap();
+        let openssl = |command: &str| {
+            let output = Command::new("openssl")
+                .args(command.split(' '))
+                .current_dir(dir.path())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "openssl {command}: {output:?}");
+        };
+        openssl("genrsa -traditional -out rsa.key 2048");
+        openssl("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out ec-p384.key");
+        openssl("ecparam -name prime256v1 -genkey -noout -out ec-sec1.key");
+        let request = "req -x509 -config openssl.cnf -days 3650";
+        for name in ["rsa", "ec-p384", "ec-sec1"] {
+            openssl(&format!(
+                "{request} -extensions root -key {name}.key -subj /C=DE/O=Firm/CN={name} -out {name}.crt"
+            ));
+        }
+        openssl(&format!(
+            "{request} -extensions leaf -key rsa.key -subj /CN=leaf -out not-a-ca.crt"
+        ));
+        dir
+    });
+    std::fs::read_to_string(MADE.path().join(name)).unwrap()
 }
 
 fn open_with(cert: &str, key: &str) -> Result<(TempDir, Authority), CaError> {

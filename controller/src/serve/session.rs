@@ -176,7 +176,16 @@ impl Session {
     ) -> Vec<(Kind, DeltaDiscoveryResponse)> {
         let mut responses = Vec::new();
         for kind in Kind::ALL {
-            // The slices follow the Services this stream has been sent.
+            // The slices follow the Services this stream has been sent: before those are compared, no
+            // slice would be wanted, and the ones the client holds would be removed.
+            let services_pending = || {
+                self.subscriptions
+                    .get(&Kind::Service)
+                    .is_none_or(|s| s.owed)
+            };
+            if kind == Kind::EndpointSlice && services_pending() {
+                continue;
+            }
             let services = (kind == Kind::EndpointSlice)
                 .then(|| self.subscriptions.get(&Kind::Service))
                 .flatten()

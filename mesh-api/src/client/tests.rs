@@ -291,7 +291,10 @@ async fn a_controller_with_a_new_root_is_found_by_the_mounted_bundle() {
     // The bundle that was kept is of the old one, as is the node certificate.
     let mut config = other.client(NodeRole::Proxy);
     config.credentials_dir = Some(fake.secrets());
-    assert_ne!(std::fs::read(fake.secrets().join("trust-bundle.pem")).unwrap(), bundle);
+    assert_ne!(
+        std::fs::read(fake.secrets().join("trust-bundle.pem")).unwrap(),
+        bundle
+    );
     let controller = Controller::start(config);
     within(async { while proven(&controller).await.is_err() {} }).await;
 }

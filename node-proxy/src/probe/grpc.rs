@@ -35,14 +35,20 @@ pub(super) async fn serve(
         .handshake::<_, Bytes>(prober)
         .await
         .map_err(refused)?;
-    let Some(first) = server.accept().await else { return Err(ProxyError::PlaintextRefused) };
+    let Some(first) = server.accept().await else {
+        return Err(ProxyError::PlaintextRefused);
+    };
     let (request, mut respond) = first.map_err(refused)?;
     let exchange = async {
         let (parts, body) = request.into_parts();
-        let asked = read_message(body).await.and_then(|m| HealthCheckRequest::decode(m).ok());
+        let asked = read_message(body)
+            .await
+            .and_then(|m| HealthCheckRequest::decode(m).ok());
         let allowed = parts.method == Method::POST
             && parts.uri.path() == CHECK
-            && asked.as_ref().is_some_and(|a| declared.contains(&a.service.as_str()));
+            && asked
+                .as_ref()
+                .is_some_and(|a| declared.contains(&a.service.as_str()));
         let Some(asked) = asked.filter(|_| allowed) else {
             let mut response = Response::new(());
             *response.status_mut() = StatusCode::FORBIDDEN;
@@ -51,9 +57,13 @@ pub(super) async fn serve(
             return Err(ProxyError::PlaintextRefused);
         };
         let answer = ask(app, parts.uri, asked).await?;
-        let mut send = respond.send_response(answer.head, false).map_err(|_| ProxyError::ConnectFailed)?;
-        send.send_data(answer.body, false).map_err(|_| ProxyError::ConnectFailed)?;
-        send.send_trailers(answer.trailers).map_err(|_| ProxyError::ConnectFailed)
+        let mut send = respond
+            .send_response(answer.head, false)
+            .map_err(|_| ProxyError::ConnectFailed)?;
+        send.send_data(answer.body, false)
+            .map_err(|_| ProxyError::ConnectFailed)?;
+        send.send_trailers(answer.trailers)
+            .map_err(|_| ProxyError::ConnectFailed)
     };
     let mut exchange = std::pin::pin!(exchange);
     let mut result = None;
@@ -78,7 +88,11 @@ struct Answer {
     trailers: HeaderMap,
 }
 
-async fn ask(app: TcpStream, uri: http::Uri, asked: HealthCheckRequest) -> Result<Answer, ProxyError> {
+async fn ask(
+    app: TcpStream,
+    uri: http::Uri,
+    asked: HealthCheckRequest,
+) -> Result<Answer, ProxyError> {
     let failed = |_| ProxyError::ConnectFailed;
     let (send, connection) = h2::client::handshake(app).await.map_err(failed)?;
     let exchange = async {
@@ -87,14 +101,19 @@ async fn ask(app: TcpStream, uri: http::Uri, asked: HealthCheckRequest) -> Resul
         *request.uri_mut() = uri;
         *request.version_mut() = http::Version::HTTP_2;
         let headers = request.headers_mut();
-        headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
+        headers.insert(
+            http::header::CONTENT_TYPE,
+            http::HeaderValue::from_static("application/grpc"),
+        );
         headers.insert(http::header::TE, http::HeaderValue::from_static("trailers"));
         let mut send = send.ready().await.map_err(failed)?;
         let (response, mut body) = send.send_request(request, false).map_err(failed)?;
         let mut message = BytesMut::with_capacity(5 + asked.encoded_len());
         message.put_u8(0);
         message.put_u32(u32::try_from(asked.encoded_len()).map_err(|_| ProxyError::BadRequest)?);
-        asked.encode(&mut message).map_err(|_| ProxyError::BadRequest)?;
+        asked
+            .encode(&mut message)
+            .map_err(|_| ProxyError::BadRequest)?;
         body.send_data(message.freeze(), true).map_err(failed)?;
         let (head, mut body) = response.await.map_err(failed)?.into_parts();
         let mut bytes = BytesMut::new();
@@ -103,11 +122,20 @@ async fn ask(app: TcpStream, uri: http::Uri, asked: HealthCheckRequest) -> Resul
             if bytes.len() + chunk.len() > MAX_MESSAGE {
                 return Err(ProxyError::ConnectFailed);
             }
-            body.flow_control().release_capacity(chunk.len()).map_err(failed)?;
+            body.flow_control()
+                .release_capacity(chunk.len())
+                .map_err(failed)?;
             bytes.extend_from_slice(&chunk);
         }
-        let trailers = poll_fn(|cx| body.poll_trailers(cx)).await.map_err(failed)?.unwrap_or_default();
-        Ok(Answer { head: Response::from_parts(head, ()), body: bytes.freeze(), trailers })
+        let trailers = poll_fn(|cx| body.poll_trailers(cx))
+            .await
+            .map_err(failed)?
+            .unwrap_or_default();
+        Ok(Answer {
+            head: Response::from_parts(head, ()),
+            body: bytes.freeze(),
+            trailers,
+        })
     };
     let mut connection = std::pin::pin!(connection);
     let mut exchange = std::pin::pin!(exchange);
@@ -143,7 +171,9 @@ mod tests {
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
         (near, listener.accept().await.unwrap().0)
     }
 
@@ -159,13 +189,16 @@ mod tests {
             while let Some(Ok((request, mut respond))) = server.accept().await {
                 assert_eq!(request.uri().path(), CHECK);
                 let mut send = respond.send_response(Response::new(()), false).unwrap();
-                send.send_data(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1]), false).unwrap();
+                send.send_data(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1]), false)
+                    .unwrap();
                 let mut trailers = HeaderMap::new();
                 trailers.insert("grpc-status", "0".parse().unwrap());
                 send.send_trailers(trailers).unwrap();
             }
         };
-        let asked = HealthCheckRequest { service: service.into() };
+        let asked = HealthCheckRequest {
+            service: service.into(),
+        };
         let asking = ask(prober, format!("http://pod{path}").parse().unwrap(), asked);
         let declared = ["", "db"];
         let serving = serve(at_proxy, to_app, &declared);
@@ -176,12 +209,21 @@ mod tests {
     #[tokio::test]
     async fn a_declared_check_is_answered_by_the_app() {
         let answer = probe("db", CHECK).await.unwrap();
-        assert_eq!((&answer.body[..], &answer.trailers["grpc-status"]), (&[0, 0, 0, 0, 2, 8, 1][..], &"0".parse().unwrap()));
+        assert_eq!(
+            (&answer.body[..], &answer.trailers["grpc-status"]),
+            (&[0, 0, 0, 0, 2, 8, 1][..], &"0".parse().unwrap())
+        );
     }
 
     #[tokio::test]
     async fn another_service_or_method_is_refused() {
-        assert!(matches!(probe("secret", CHECK).await, Err(ProxyError::PlaintextRefused)));
-        assert!(matches!(probe("db", "/shop.Orders/Delete").await, Err(ProxyError::PlaintextRefused)));
+        assert!(matches!(
+            probe("secret", CHECK).await,
+            Err(ProxyError::PlaintextRefused)
+        ));
+        assert!(matches!(
+            probe("db", "/shop.Orders/Delete").await,
+            Err(ProxyError::PlaintextRefused)
+        ));
     }
 }

@@ -339,7 +339,7 @@ impl Tunnel {
             .parse()
             .map_err(|_| ProxyError::BadRequest)?;
         flow.destination_address = target;
-        let claimed = claimed_source(request.headers()).map_err(|()| ProxyError::BadRequest)?;
+        let claimed = claimed_source(request.headers())?;
         let pod = self.target(target, &self.local.identity)?;
         flow.destination = Party::meshed(&pod.info.load().owner, &pod.identity);
         let source = match (&self.entrance, claimed) {

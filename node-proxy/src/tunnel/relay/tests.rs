@@ -11,7 +11,9 @@ use crate::tunnel::{CONNECTION_WINDOW, MAX_FRAME, SEND_BUFFER, STREAM_WINDOW};
 /// A connected pair: (the app's end, the proxy's end).
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let app = TcpStream::connect(listener.local_addr().unwrap())
+        .await
+        .unwrap();
     (app, listener.accept().await.unwrap().0)
 }
 
@@ -50,10 +52,21 @@ async fn stream() -> (Ends, Ends) {
 }
 
 fn account(buffered_bytes: usize) -> Arc<Account> {
-    Account::new("demo".into(), "web".into(), &Limits { buffered_bytes, ..Limits::default() })
+    Account::new(
+        "demo".into(),
+        "web".into(),
+        &Limits {
+            buffered_bytes,
+            ..Limits::default()
+        },
+    )
 }
 
-async fn run(socket: TcpStream, ends: Ends, account: Arc<Account>) -> (Result<(), Broken>, u64, u64) {
+async fn run(
+    socket: TcpStream,
+    ends: Ends,
+    account: Arc<Account>,
+) -> (Result<(), Broken>, u64, u64) {
     let (mut send, mut receive) = ends;
     let (up, down) = (Meter::default(), Meter::default());
     let buffered = [
@@ -93,7 +106,10 @@ async fn bytes_and_half_close_cross_the_tunnel() {
     assert!(back == block);
     near.0.unwrap();
     far.0.unwrap();
-    assert_eq!((near.1, near.2, far.1, far.2), (3 << 20, 3 << 20, 3 << 20, 3 << 20));
+    assert_eq!(
+        (near.1, near.2, far.1, far.2),
+        (3 << 20, 3 << 20, 3 << 20, 3 << 20)
+    );
     assert_eq!(account.used(Resource::BufferedBytes), 0);
 }
 
@@ -105,11 +121,16 @@ async fn a_reset_crosses_the_tunnel() {
     let account = account(64 << 20);
     reset_on_close(&client);
     drop(client);
-    let (near, far) =
-        tokio::join!(run(caller, near, Arc::clone(&account)), run(callee, far, account));
+    let (near, far) = tokio::join!(
+        run(caller, near, Arc::clone(&account)),
+        run(callee, far, account)
+    );
     assert!(matches!(near.0, Err(Broken::Io(_))), "{near:?}");
     assert!(matches!(far.0, Err(Broken::Stream)), "{far:?}");
-    assert_eq!(server.read(&mut [0; 8]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(
+        server.read(&mut [0; 8]).await.unwrap_err().kind(),
+        io::ErrorKind::ConnectionReset
+    );
 }
 
 #[tokio::test]
@@ -128,8 +149,11 @@ async fn a_callee_that_does_not_read_is_held_to_its_budget() {
             assert!(total < 256 << 20, "no limit");
         }
     };
-    let (near, far, ()) =
-        tokio::join!(run(caller, near, generous), run(callee, far, Arc::clone(&tight)), flooding);
+    let (near, far, ()) = tokio::join!(
+        run(caller, near, generous),
+        run(callee, far, Arc::clone(&tight)),
+        flooding
+    );
     assert!(matches!(far.0, Err(Broken::Limit(_))), "{far:?}");
     assert!(near.0.is_err());
     assert_eq!(tight.refused(Resource::BufferedBytes), 1);
