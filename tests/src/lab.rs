@@ -483,27 +483,39 @@ pub(crate) fn down(name: &str) {
     let _ = child.wait();
 }
 
-/// Prints what is known of a lab, for the log of a failed test. Never panics.
+/// Keeps what is known of a lab that failed a test in `target/warren-tests/<lab>/`, and prints the last
+/// lines. Never panics.
 pub(crate) fn report(name: &str) {
-    eprintln!("==== state of lab {name}");
-    let mut queries: Vec<Vec<&str>> = vec![
-        vec!["get", "pods"],
-        vec!["get", "nodes"],
-        vec!["logs", "controller"],
-        vec!["logs", "daemon"],
-    ];
-    for node in ["node/node-1", "node/node-2"] {
-        queries.push(vec!["logs", node]);
-    }
-    for query in queries {
+    let directory = crate::python::workspace()
+        .join("target/warren-tests")
+        .join(name);
+    let kept = std::fs::create_dir_all(&directory);
+    eprintln!(
+        "==== state of lab {name}, all of it in {}: {kept:?}",
+        directory.display()
+    );
+    for query in [
+        &["get", "pods"][..],
+        &["get", "nodes"],
+        &["logs", "daemon"],
+        &["logs", "controller"],
+        &["logs", "node/node-1"],
+        &["logs", "node/node-2"],
+        &["metrics", "node-1"],
+        &["metrics", "node-2"],
+    ] {
         let mut command = lab_command(name, query[0]);
         command.args(&query[1..]);
         match command.output() {
-            Ok(output) => eprintln!(
-                "---- {query:?}\n{}{}",
-                tail(&String::from_utf8_lossy(&output.stdout)),
-                tail(&String::from_utf8_lossy(&output.stderr))
-            ),
+            Ok(output) => {
+                let text = [output.stdout, output.stderr].concat();
+                let file = directory.join(query.join("-").replace('/', "-"));
+                // Only a help: what is printed below must do.
+                let _ = std::fs::write(file, &text);
+                if query[0] != "metrics" {
+                    eprintln!("---- {query:?}\n{}", tail(&String::from_utf8_lossy(&text)));
+                }
+            }
             Err(e) => eprintln!("---- {query:?}: {e}"),
         }
     }

@@ -47,7 +47,8 @@ pub fn peer(name: &str) -> PathBuf {
     path
 }
 
-fn workspace() -> &'static Path {
+/// The workspace's root.
+pub(crate) fn workspace() -> &'static Path {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().unwrap_or(tests)
 }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -86,8 +87,9 @@ impl Scenario {
     /// [`Scenario::lab`] with options.
     #[track_caller]
     pub fn lab_with(&self, nodes: u32, manifests: &[serde_json::Value], options: &Options) -> Lab {
-        self.counter.set(self.counter.get() + 1);
-        let name = format!("t{:x}-{}", std::process::id(), self.counter.get());
+        static LABS: AtomicU32 = AtomicU32::new(1);
+        let number = LABS.fetch_add(1, Ordering::Relaxed);
+        let name = format!("t{:x}-{number}", std::process::id());
         self.names
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
