@@ -139,7 +139,10 @@ fn unknown_kinds(source: &Source) -> Vec<Mistake> {
     let kinds = source.text.lines().enumerate().filter_map(|(i, line)| {
         let kind = line.strip_prefix("kind:")?.split('#').next()?.trim();
         let kind = kind.trim_matches(|c| c == '"' || c == '\'');
-        (!KINDS.contains(&kind) && !IGNORED_KINDS.contains(&kind)).then_some((i + 1, kind))
+        // What is no word at all is the parser's to report.
+        let word = !kind.is_empty() && kind.bytes().all(|b| b.is_ascii_alphanumeric());
+        let unknown = !KINDS.contains(&kind) && !IGNORED_KINDS.contains(&kind);
+        (word && unknown).then_some((i + 1, kind))
     });
     kinds
         .map(|(line, kind)| Mistake {

@@ -229,9 +229,13 @@ pub(crate) async fn kill_worker(node: &Node, limit: Duration) -> Result<()> {
     let proxy = node
         .proxy()
         .ok_or_else(|| Error::new(format!("{} has no proxy", node.name)))?;
-    let supervisor = proxy.component.pid().unwrap_or(0);
-    for worker in processes::children(supervisor) {
-        processes::signal(worker, Signal::SIGKILL);
+    let workers = processes::children(proxy.component.pid().unwrap_or(0));
+    for worker in &workers {
+        processes::signal(*worker, Signal::SIGKILL);
+    }
+    // Until then the one that is killed could still answer.
+    while workers.iter().any(|worker| processes::is_running(*worker)) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
     tokio::time::timeout(limit, await_proxy(node, &proxy)).await.map_err(|_| {
         let name = &node.name;

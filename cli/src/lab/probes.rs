@@ -45,6 +45,8 @@ impl Target {
             match readiness_probe {
                 Some(probe) => self.readiness(probe, &ready).await,
                 None => {
+                    // A command that cannot work ends at once, and must not have been ready.
+                    tokio::time::sleep(SHOWS_LIFE).await;
                     ready(true, String::new());
                     std::future::pending().await
                 }
@@ -282,5 +284,7 @@ impl Times {
     }
 }
 
+/// How long a container without a readiness probe must have run to count as ready.
+const SHOWS_LIFE: Duration = Duration::from_millis(250);
 const FIRST_PERIOD: Duration = Duration::from_millis(100);
 const MAX_BODY: u64 = 1 << 20;

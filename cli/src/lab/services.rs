@@ -305,5 +305,4 @@ fn target_port(port: &ServicePort, pod: &PodRecord) -> Option<i32> {
 }
 
 #[cfg(test)]
-#[path = "services_tests.rs"]
-mod tests;
+pub(crate) mod tests;
