@@ -14,6 +14,7 @@ pub mod flow;
 pub mod health;
 pub mod identity;
 pub mod inbound;
+pub mod memory;
 pub mod outbound;
 pub mod pods;
 pub mod probe;

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::accept::{self, Capture};
 use crate::connections::{Connection, Connections, Listed, Row};
 use crate::identity::Identities;
+use crate::memory;
 use crate::pods::{Host, Pod, Pods};
 use crate::table::Table;
 use crate::telemetry::Telemetry;
@@ -164,6 +165,8 @@ impl Workers {
                 draining: drain.clone(),
             }));
             stop.push(stopped);
+            let tasks = tasks.clone();
+            workers[number].spawn_untracked(memory::reclaim(move || tasks.len()));
         }
         Ok(Arc::new(Self {
             context,

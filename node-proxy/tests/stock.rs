@@ -1,6 +1,8 @@
 //! Recycling of sockets as the agent makes them, between two network namespaces: bound to an address that
 //! is on no interface, connected, used, given back, and bound and connected again. Needs root.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
