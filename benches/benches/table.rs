@@ -61,9 +61,9 @@ fn full_table() -> Arc<Table> {
             namespace: "bench".into(),
             name: format!("pod-{index}"),
             service_account: format!("account-{}", index % 100),
-            addresses: vec![address_to_bytes(pod(index)).into()],
+            addresses: vec![address_to_bytes(pod(index))],
             node: format!("node-{}", index % 100),
-            node_addresses: vec![address_to_bytes(IpAddr::from([10, 0, 0, 1])).into()],
+            node_addresses: vec![address_to_bytes(IpAddr::from([10, 0, 0, 1]))],
             state: mesh::EnrolmentState::Enforced.into(),
             tunnel: mesh::TunnelKind::Warren.into(),
             owner: format!("app-{}", index % 100),
@@ -74,7 +74,7 @@ fn full_table() -> Arc<Table> {
     fill(&table, Kind::Workload, workloads.collect());
     let slices = (0..SERVICES).map(|index| {
         let endpoint = |number: u32| mesh::Endpoint {
-            address: address_to_bytes(pod((index * ENDPOINTS + number) % PODS)).into(),
+            address: address_to_bytes(pod((index * ENDPOINTS + number) % PODS)),
             ready: true,
             serving: true,
             ..Default::default()
@@ -96,7 +96,7 @@ fn full_table() -> Arc<Table> {
         let service = mesh::Service {
             namespace: "bench".into(),
             name: format!("service-{index}"),
-            addresses: vec![address_to_bytes(cluster_ip(index)).into()],
+            addresses: vec![address_to_bytes(cluster_ip(index))],
             ports: vec![mesh::ServicePort {
                 name: "http".into(),
                 port: 80,
