@@ -29,6 +29,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use self::recycle::Outcome;
 use crate::process;
 
 mod recycle;
@@ -41,6 +42,8 @@ const FLOOR_V4: usize = 8;
 const FLOOR_V6: usize = 2;
 /// How long the stock is to last at the recent rate.
 const LASTS_SECONDS: f64 = 30.0;
+/// Sockets whose last acknowledgement is awaited; more are closed, and end by themselves.
+const MOST_FINISHING: usize = 256;
 /// Sockets of that many seconds are kept when they come back, for the next burst.
 const BURST_SECONDS: f64 = 0.5;
 /// Time constant of the rates' exponential averages.
@@ -66,6 +69,8 @@ struct Shelf {
 #[derive(Debug)]
 struct ShelfState {
     sockets: Vec<OwnedFd>,
+    /// Given back, but for the last acknowledgement of their connections.
+    finishing: Vec<OwnedFd>,
     /// Taken less given back.
     net: Rate,
     /// Taken.
@@ -140,25 +145,41 @@ impl Stock {
         }
     }
 
-    /// Returns a socket after use. It is kept if its connection is over on both sides and the stock is
-    /// below its level; otherwise it is closed, which delivers what is still in flight.
+    /// Returns a socket after use. It is kept if its connection is over on both sides and the stock has
+    /// room; otherwise it is closed, which delivers what is still in flight.
     pub fn give_back(&self, socket: OwnedFd, v6: bool) {
-        let usable = recycle::reset(&socket);
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
+        let outcome = recycle::reset(&socket);
+        if outcome == Outcome::Finishing && state.finishing.len() < MOST_FINISHING {
+            state.finishing.push(socket);
+        } else {
+            self.take_back(shelf, &mut state, socket, outcome);
+        }
+    }
+
+    /// Takes back sockets whose last acknowledgement has come meanwhile.
+    fn take_back_finished(&self, shelf: &Shelf, state: &mut ShelfState) {
+        for socket in std::mem::take(&mut state.finishing) {
+            match recycle::reset(&socket) {
+                Outcome::Finishing => state.finishing.push(socket),
+                outcome => self.take_back(shelf, state, socket, outcome),
+            }
+        }
+    }
+
+    fn take_back(&self, shelf: &Shelf, state: &mut ShelfState, socket: OwnedFd, outcome: Outcome) {
+        let usable = outcome == Outcome::Reset;
         if usable {
             state.net.add(-1.0, (self.supply.now)());
         }
         let have = state.sockets.len();
         let kept = usable
-            && have < self.most(shelf, &mut state)
+            && have < self.most(shelf, state)
             && (have < shelf.floor.load(Ordering::Relaxed) || self.supply.room() > 0);
         if kept {
             state.sockets.push(socket);
             self.supply.stocked.fetch_add(1, Ordering::Relaxed);
-        }
-        drop(state);
-        if kept {
             shelf.filled.notify_one();
         }
         self.supply.metrics.returned(kept);
@@ -174,6 +195,7 @@ impl Stock {
     pub fn open_request(&self, v6: bool) -> Option<u32> {
         let shelf = self.shelf(v6);
         let mut state = shelf.state.lock();
+        self.take_back_finished(shelf, &mut state);
         let level = self.level(shelf, &mut state);
         let have = state.sockets.len();
         if state.requested || !shelf.is_low(&state, level) {
@@ -223,6 +245,7 @@ impl Stock {
         for v6 in [false, true] {
             let shelf = self.shelf(v6);
             let mut state = shelf.state.lock();
+            self.take_back_finished(shelf, &mut state);
             let most = self.most(shelf, &mut state);
             let surplus = state.sockets.len().saturating_sub(most);
             let closed: Vec<OwnedFd> = state.sockets.drain(..surplus).collect();
@@ -298,6 +321,7 @@ impl Shelf {
             floor: AtomicUsize::new(floor),
             state: Mutex::new(ShelfState {
                 sockets: Vec::new(),
+                finishing: Vec::new(),
                 net: Rate::new(),
                 gross: Rate::new(),
                 waiting: 0,

@@ -53,6 +53,15 @@ impl Namespaces {
         made
     }
 
+    /// Changes what `there` hears.
+    fn deafen(&self, rules: &str) {
+        let status = Command::new("ip")
+            .args(["netns", "exec", &self.there, "nft", rules])
+            .status()
+            .unwrap();
+        assert!(status.success(), "nft {rules}");
+    }
+
     /// Runs `with` on a thread inside a namespace.
     fn inside<T: Send + 'static>(name: &str, with: impl FnOnce() -> T + Send + 'static) -> T {
         let namespace = File::open(format!("/run/netns/{name}")).unwrap();
@@ -214,6 +223,31 @@ fn a_used_socket_is_bound_and_connected_again_however_its_connection_ended() {
         assert_eq!(again.mark().unwrap(), 0x77);
         assert!(again.ip_transparent_v4().unwrap());
         assert_eq!(used_ports.len(), 8);
+
+        // The last acknowledgement is late: the socket comes back with it.
+        let mut client = connect(stock.take(false, deadline).await.unwrap(), port);
+        let (mut server, _) = listener.accept().unwrap();
+        echo(&mut client, &mut server);
+        drop(server);
+        assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+        namespaces.deafen(
+            "add table inet deaf { chain in { type filter hook input priority 0; policy drop; } }",
+        );
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        stock.give_back(client.into(), false);
+        assert_eq!(stock.available(false), 0);
+        stock.tick();
+        assert_eq!(stock.available(false), 0);
+        namespaces.deafen("delete table inet deaf");
+        let retransmitted = std::time::Instant::now() + Duration::from_secs(10);
+        while stock.available(false) == 0 {
+            assert!(
+                std::time::Instant::now() < retransmitted,
+                "the socket does not come back"
+            );
+            std::thread::yield_now();
+            stock.tick();
+        }
 
         // A refused connect leaves a socket that is as good.
         let socket = Socket::from(stock.take(false, deadline).await.unwrap());

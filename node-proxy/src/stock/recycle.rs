@@ -4,29 +4,52 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use socket2::SockRef;
 
-/// `true`: the socket is as the agent made it. `false`: its connection is not over, or the kernel would not.
+/// What became of a used socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is as the agent made it.
+    Reset,
+    /// Both sides have finished; the last acknowledgement is under way.
+    Finishing,
+    /// Its connection is not over, or the kernel would not.
+    Unusable,
+}
+
+/// Resets a socket whose connection is over.
 ///
 /// Rules of the kernel this rests on (`tcp_disconnect`, `tcp_set_state` and `__inet_bind` in net/ipv4): a
 /// socket that both sides have finished, or that was reset, is in state CLOSE; `connect(AF_UNSPEC)` drops
 /// its addresses; the port is let go because it was chosen by the kernel; mark, `IP_TRANSPARENT` and
 /// `IP_BIND_ADDRESS_NO_PORT` stay.
-pub(super) fn reset(socket: &OwnedFd) -> bool {
+pub(super) fn reset(socket: &OwnedFd) -> Outcome {
+    match sys::state(socket.as_fd()) {
+        Some(TCP_CLOSE) => {}
+        Some(TCP_LAST_ACK | TCP_CLOSING) => return Outcome::Finishing,
+        _ => return Outcome::Unusable,
+    }
     let reference = SockRef::from(socket);
-    sys::is_closed(socket.as_fd())
-        && sys::disconnect(socket.as_fd())
+    let reset = sys::disconnect(socket.as_fd())
         // What the last connection died of must not be reported to the next.
         && reference.take_error().is_ok()
-        && reference.set_linger(None).is_ok()
+        && reference.set_linger(None).is_ok();
+    if reset {
+        Outcome::Reset
+    } else {
+        Outcome::Unusable
+    }
 }
+
+// States of the kernel's `tcp_states.h`.
+const TCP_CLOSE: u8 = 7;
+const TCP_LAST_ACK: u8 = 9;
+const TCP_CLOSING: u8 = 11;
 
 #[allow(unsafe_code)]
 mod sys {
     use std::os::fd::{AsRawFd, BorrowedFd};
 
-    /// TCP_CLOSE of the kernel's `tcp_states.h`.
-    const TCP_CLOSE: u8 = 7;
-
-    pub(super) fn is_closed(socket: BorrowedFd<'_>) -> bool {
+    /// State of a TCP socket; `None` for any other descriptor.
+    pub(super) fn state(socket: BorrowedFd<'_>) -> Option<u8> {
         let mut state = 0u8;
         let mut length: libc::socklen_t = 1;
         // SAFETY: the kernel writes at most `length` bytes, one, into `state`; the first byte of
@@ -40,7 +63,7 @@ mod sys {
                 &raw mut length,
             )
         };
-        result == 0 && length == 1 && state == TCP_CLOSE
+        (result == 0 && length == 1).then_some(state)
     }
 
     pub(super) fn disconnect(socket: BorrowedFd<'_>) -> bool {
