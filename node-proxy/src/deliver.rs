@@ -1,6 +1,6 @@
 //! Connects to an app from inside its pod's network namespace, or to the outside from inside a caller's.
 //!
-//! The proxy has no capability: the sockets come from the pod's [`Stock`], made by the agent with mark and
+//! The proxy has no capability: the sockets come from the pod's [`Stock`](crate::stock::Stock), made by the agent with mark and
 //! IP_TRANSPARENT set, so that binding one to the caller's address is allowed.
 
 use std::io;
