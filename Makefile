@@ -27,7 +27,7 @@ clean-lab: ## the same for all labs, also those whose `up` was killed
 	target/release/warren lab down --all
 
 check: ## the quick look: fmt, clippy, unit tests (a few minutes)
-	@scripts/install-deps.sh build
+	@scripts/install-deps.sh build lab
 	cargo fmt --all --check
 	scripts/check-docs.sh
 	cargo clippy --release --workspace --all-targets -- -D warnings

@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 
 # group -> Debian packages
 declare -A APT=(
-  [build]="build-essential git ca-certificates"
+  [build]="build-essential git ca-certificates openssl"
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
-  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client socat wrk conntrack openssl python3-venv"
+  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv"
   [bench]="nftables iproute2 curl python3-venv util-linux"
   [deny]=""
 )
