@@ -89,10 +89,10 @@ async fn connect(socket: OwnedFd, from: Option<IpAddr>, to: SocketAddr) -> io::R
 
 impl Delivered {
     /// The connection.
-    pub fn stream(&self) -> &TcpStream {
-        // Taken only by `recycle`, which consumes.
+    pub fn stream(&mut self) -> &mut TcpStream {
+        // Taken only by what consumes the value.
         self.stream
-            .as_ref()
+            .as_mut()
             .expect("a delivered connection has its stream until it is recycled")
     }
 

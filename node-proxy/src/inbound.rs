@@ -69,7 +69,7 @@ pub async fn serve(
                 .inc();
         }
     }
-    let delivered = match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
+    let mut delivered = match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
         Ok(delivered) => delivered,
         Err(error) => return refuse(&flow, socket, error),
     };
@@ -79,7 +79,7 @@ pub async fn serve(
     ];
     let open = flow.open(context);
     let result = tcp::relay(
-        &socket,
+        &mut socket,
         delivered.stream(),
         &open.sent,
         &open.received,

@@ -290,7 +290,7 @@ async fn relay(
     context: &Arc<Context>,
     pod: &Arc<Pod>,
     flow: Flow,
-    socket: TcpStream,
+    mut socket: TcpStream,
     route: Route,
 ) {
     let buffered = [
@@ -305,12 +305,23 @@ async fn relay(
                 receive,
                 _slot,
             } = &mut *stream;
-            tunnel::relay::relay(&socket, send, receive, &open.sent, &open.received, buffered).await
+            tunnel::relay::relay(
+                &mut socket,
+                send,
+                receive,
+                &open.sent,
+                &open.received,
+                buffered,
+            )
+            .await
         }
-        Route::Socket { delivered, inbound } => {
+        Route::Socket {
+            mut delivered,
+            inbound,
+        } => {
             let other = inbound.as_ref().map(|inbound| inbound.0.open(context));
             let result = tcp::relay(
-                &socket,
+                &mut socket,
                 delivered.stream(),
                 &open.sent,
                 &open.received,

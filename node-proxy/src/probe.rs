@@ -54,7 +54,7 @@ async fn probe(
     peer: SocketAddr,
     destination: SocketAddr,
 ) -> Result<(), ProxyError> {
-    let app = deliver::to_app(pod, peer.ip(), destination).await?;
+    let mut app = deliver::to_app(pod, peer.ip(), destination).await?;
     let head = read_head(socket)
         .await
         .map_err(|_| ProxyError::PlaintextRefused)?;

@@ -6,13 +6,18 @@
 //! and reset are passed on as what they are.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use mesh_api::errors::ProxyError;
 use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 
 use crate::budget::Charge;
 use crate::telemetry::Meter;
@@ -71,16 +76,18 @@ pub fn finish_writing(stream: &TcpStream) -> io::Result<()> {
 ///
 /// `sent` counts bytes from `source` to `destination`.
 pub async fn relay(
-    source: &TcpStream,
-    destination: &TcpStream,
+    source: &mut TcpStream,
+    destination: &mut TcpStream,
     sent: &Meter,
     received: &Meter,
     mut buffered: [Charge; 2],
 ) -> Result<(), Broken> {
     let [up, down] = &mut buffered;
+    let (from_source, to_source) = source.split();
+    let (from_destination, to_destination) = destination.split();
     let result = tokio::try_join!(
-        pump(source, destination, sent, up),
-        pump(destination, source, received, down)
+        pump(from_source, to_destination.as_ref(), sent, up),
+        pump(from_destination, to_source.as_ref(), received, down)
     );
     if result.is_err() {
         reset_on_close(source);
@@ -90,32 +97,43 @@ pub async fn relay(
 }
 
 async fn pump(
-    from: &TcpStream,
+    mut from: ReadHalf<'_>,
     to: &TcpStream,
     count: &Meter,
     buffered: &mut Charge,
 ) -> Result<(), Broken> {
     loop {
-        from.readable().await?;
-        let step: io::Result<_> = with_scratch(|scratch| {
-            let length = from.try_read(scratch)?;
-            let written = write_some(to, &scratch[..length])?;
-            Ok((length, scratch[written..length].to_vec()))
-        });
-        match step {
-            Ok((0, _)) => return Ok(finish_writing(to)?),
-            Ok((length, rest)) => {
-                count.add(length);
-                if !rest.is_empty() {
-                    buffered.add(rest.len()).map_err(Broken::Limit)?;
-                    write_all(to, &rest).await?;
-                    buffered.release(rest.len());
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.into()),
+        let copy = |bytes: &[u8]| -> io::Result<_> {
+            let written = write_some(to, bytes)?;
+            Ok((bytes.len(), bytes[written..].to_vec()))
+        };
+        let (length, rest) = poll_fn(|cx| poll_read(cx, &mut from, CHUNK, copy)).await??;
+        if length == 0 {
+            return Ok(finish_writing(to)?);
+        }
+        count.add(length);
+        if !rest.is_empty() {
+            buffered.add(rest.len()).map_err(Broken::Limit)?;
+            write_all(to, &rest).await?;
+            buffered.release(rest.len());
         }
     }
+}
+
+/// Reads at most `limit` bytes into this thread's scratch buffer and hands them to `take`; none at the end
+/// of the stream. A read that does not fill the buffer has drained the socket, so the runtime waits
+/// for more without asking the kernel a second time.
+pub fn poll_read<T>(
+    cx: &mut Context<'_>,
+    from: &mut ReadHalf<'_>,
+    limit: usize,
+    take: impl FnOnce(&[u8]) -> T,
+) -> Poll<io::Result<T>> {
+    with_scratch(|scratch| {
+        let mut buffer = ReadBuf::new(&mut scratch[..limit]);
+        ready!(Pin::new(from).poll_read(cx, &mut buffer))?;
+        Poll::Ready(Ok(take(buffer.filled())))
+    })
 }
 
 /// Runs `read` with this thread's scratch buffer. `read` must not block or re-enter.

@@ -26,6 +26,9 @@ pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 pub const MAX_FRAME: u32 = 64 * 1024;
 /// What one stream may hold unsent.
 pub const SEND_BUFFER: usize = 256 * 1024;
+/// What one receive call on a tunnel's socket may bring. The TLS library asks for 4 KiB at a time, so many records
+/// would cost as many system calls.
+pub const READ_AHEAD: usize = 64 * 1024;
 /// Streams a server takes on one tunnel.
 pub const MAX_STREAMS: u32 = 4096;
 /// Largest header list of a CONNECT.

@@ -35,15 +35,15 @@ fn charges(account: &Arc<Account>) -> [Charge; 2] {
 
 #[tokio::test]
 async fn half_close_lets_the_answer_through() {
-    let (mut client, a) = pair().await;
-    let (mut server, b) = pair().await;
+    let (mut client, mut a) = pair().await;
+    let (mut server, mut b) = pair().await;
     let (sent, received) = (
         Meter::new(Default::default()),
         Meter::new(Default::default()),
     );
     let account = account(1 << 20);
     let relaying = async {
-        relay(&a, &b, &sent, &received, charges(&account))
+        relay(&mut a, &mut b, &sent, &received, charges(&account))
             .await
             .unwrap()
     };
@@ -65,14 +65,14 @@ async fn half_close_lets_the_answer_through() {
 
 #[tokio::test]
 async fn a_reset_is_passed_on_as_a_reset() {
-    let (client, a) = pair().await;
-    let (mut server, b) = pair().await;
+    let (client, mut a) = pair().await;
+    let (mut server, mut b) = pair().await;
     let account = account(1 << 20);
     reset_on_close(&client);
     drop(client);
     let broken = relay(
-        &a,
-        &b,
+        &mut a,
+        &mut b,
         &Meter::default(),
         &Meter::default(),
         charges(&account),
@@ -86,14 +86,14 @@ async fn a_reset_is_passed_on_as_a_reset() {
 
 #[tokio::test]
 async fn a_receiver_that_does_not_read_stops_the_sender_and_is_charged() {
-    let (mut client, a) = pair().await;
-    let (mut server, b) = pair().await;
+    let (mut client, mut a) = pair().await;
+    let (mut server, mut b) = pair().await;
     let account = account(1 << 20);
     let (sent, received) = (
         Meter::new(Default::default()),
         Meter::new(Default::default()),
     );
-    let mut relaying = Box::pin(relay(&a, &b, &sent, &received, charges(&account)));
+    let mut relaying = Box::pin(relay(&mut a, &mut b, &sent, &received, charges(&account)));
     // Bounded by the kernel's buffers: the write must stall long before 256 MiB.
     let block = vec![7u8; 1 << 20];
     let mut total = 0u64;

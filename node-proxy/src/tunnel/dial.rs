@@ -12,13 +12,16 @@ use mesh_api::identity::Identity;
 use mesh_api::tls::PeerRole;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use tokio::io::BufReader;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::tls::{Peer, Refusal, peer, refusal, tls_refusal};
-use super::{CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW};
+use super::{
+    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, READ_AHEAD, SEND_BUFFER, STREAM_WINDOW,
+};
 use crate::identity::Trust;
 use crate::stock::Stock;
 use crate::tcp::set_options;
@@ -32,7 +35,7 @@ pub struct Dialed {
     /// To open streams with.
     pub send: SendRequest<Bytes>,
     /// To be driven by its own task.
-    pub connection: Connection<TlsStream<TcpStream>, Bytes>,
+    pub connection: Connection<TlsStream<BufReader<TcpStream>>, Bytes>,
     /// Keepalive handle of `connection`.
     pub ping: h2::PingPong,
     /// The server.
@@ -88,7 +91,7 @@ async fn handshake(
     let name = ServerName::try_from(callee.server_name()).map_err(|_| internal)?;
     let alpn = config.alpn_protocols.first().cloned();
     let tls = TlsConnector::from(config)
-        .connect(name, tcp)
+        .connect(name, BufReader::with_capacity(READ_AHEAD, tcp))
         .await
         .map_err(|e| refusal(&e))?;
     let state = tls.get_ref().1;

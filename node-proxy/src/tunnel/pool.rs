@@ -307,7 +307,7 @@ impl Pool {
         key: &Key,
         tunnel: &Arc<Tunnel>,
         connection: h2::client::Connection<
-            tokio_rustls::client::TlsStream<tokio::net::TcpStream>,
+            tokio_rustls::client::TlsStream<tokio::io::BufReader<tokio::net::TcpStream>>,
             Bytes,
         >,
         mut ping: h2::PingPong,

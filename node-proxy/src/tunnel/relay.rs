@@ -7,14 +7,18 @@
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
+use tokio_util::io::poll_read_buf;
 
 use super::ABORT;
 use crate::budget::Charge;
-use crate::tcp::{Broken, CHUNK, finish_writing, reset_on_close, with_scratch, write_some};
+use crate::tcp::{Broken, CHUNK, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
 
 /// A read of at least this size is a bulk transfer: the next one goes straight into memory that HTTP/2
@@ -25,7 +29,7 @@ const BULK: usize = 16 * 1024;
 ///
 /// `to_tunnel` counts bytes from the socket to the tunnel.
 pub async fn relay(
-    socket: &TcpStream,
+    socket: &mut TcpStream,
     send: &mut SendStream<Bytes>,
     receive: &mut RecvStream,
     to_tunnel: &Meter,
@@ -33,9 +37,10 @@ pub async fn relay(
     mut buffered: [Charge; 2],
 ) -> Result<(), Broken> {
     let [up, down] = &mut buffered;
+    let (from_socket, to_socket) = socket.split();
     let result = tokio::try_join!(
-        into_tunnel(socket, send, to_tunnel, up),
-        out_of_tunnel(receive, socket, from_tunnel, down)
+        into_tunnel(from_socket, send, to_tunnel, up),
+        out_of_tunnel(receive, to_socket.as_ref(), from_tunnel, down)
     );
     if result.is_err() {
         reset_on_close(socket);
@@ -45,7 +50,7 @@ pub async fn relay(
 }
 
 async fn into_tunnel(
-    from: &TcpStream,
+    mut from: ReadHalf<'_>,
     to: &mut SendStream<Bytes>,
     count: &Meter,
     buffered: &mut Charge,
@@ -64,44 +69,37 @@ async fn into_tunnel(
             }
             buffered.release(super::SEND_BUFFER);
         }
-        tokio::select! {
-            biased;
-            readable = from.readable() => readable?,
-            _reset = poll_fn(|cx| to.poll_reset(cx)) => return Err(Broken::Stream),
-        }
-        let capacity = to.capacity().min(CHUNK);
-        let chunk = if bulk {
-            read_bulk(from, capacity)
-        } else {
-            read_small(from, capacity)
-        };
-        match chunk {
-            Ok(chunk) if chunk.is_empty() => {
-                return to.send_data(Bytes::new(), true).map_err(|_| Broken::Stream);
+        let limit = to.capacity().min(CHUNK);
+        let chunk = poll_fn(|cx| {
+            let read = if bulk {
+                poll_read_bulk(cx, &mut from, limit)
+            } else {
+                poll_read(cx, &mut from, limit, Bytes::copy_from_slice)
+            };
+            if let Poll::Ready(chunk) = read {
+                return Poll::Ready(chunk.map_err(Broken::Io));
             }
-            Ok(chunk) => {
-                bulk = chunk.len() >= BULK;
-                count.add(chunk.len());
-                to.send_data(chunk, false).map_err(|_| Broken::Stream)?;
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.into()),
+            // Nothing to read: the peer's reset must not go unnoticed until there is.
+            to.poll_reset(cx).map(|_| Err(Broken::Stream))
+        });
+        let chunk = chunk.await?;
+        if chunk.is_empty() {
+            return to.send_data(Bytes::new(), true).map_err(|_| Broken::Stream);
         }
+        bulk = chunk.len() >= BULK;
+        count.add(chunk.len());
+        to.send_data(chunk, false).map_err(|_| Broken::Stream)?;
     }
 }
 
-fn read_small(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
-    with_scratch(|scratch| {
-        let length = from.try_read(&mut scratch[..limit])?;
-        Ok(Bytes::copy_from_slice(&scratch[..length]))
-    })
-}
-
-fn read_bulk(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
-    use bytes::BufMut;
+fn poll_read_bulk(
+    cx: &mut Context<'_>,
+    from: &mut ReadHalf<'_>,
+    limit: usize,
+) -> Poll<io::Result<Bytes>> {
     let mut chunk = BytesMut::with_capacity(limit);
-    from.try_read_buf(&mut (&mut chunk).limit(limit))?;
-    Ok(chunk.freeze())
+    let read = poll_read_buf(Pin::new(from), cx, &mut (&mut chunk).limit(limit));
+    read.map_ok(|_length| chunk.freeze())
 }
 
 async fn out_of_tunnel(

@@ -13,6 +13,7 @@ use mesh_api::identity::Identity;
 use mesh_api::names::PROXY_ERROR_HEADER;
 use mesh_api::tls::PeerRole;
 use rustls::server::Acceptor;
+use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::LazyConfigAcceptor;
@@ -20,8 +21,8 @@ use tokio_rustls::server::TlsStream;
 
 use super::tls::{Kind, Peer, Refusal, peer, refusal, tls_refusal};
 use super::{
-    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, SEND_BUFFER, STREAM_WINDOW,
-    claimed_source,
+    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, READ_AHEAD, SEND_BUFFER,
+    STREAM_WINDOW, claimed_source,
 };
 use crate::authorize;
 use crate::budget::Resource;
@@ -108,7 +109,7 @@ pub async fn serve(
     }
 }
 
-type Accepted = (TlsStream<TcpStream>, Arc<LocalIdentity>, Peer);
+type Accepted = (TlsStream<BufReader<TcpStream>>, Arc<LocalIdentity>, Peer);
 
 async fn handshake(
     worker: &Worker,
@@ -124,9 +125,12 @@ async fn handshake(
         error: ProxyError::NotReady,
         result: "not_ready",
     })?;
-    let hello = LazyConfigAcceptor::new(Acceptor::default(), socket)
-        .await
-        .map_err(|e| refusal(&e))?;
+    let hello = LazyConfigAcceptor::new(
+        Acceptor::default(),
+        BufReader::with_capacity(READ_AHEAD, socket),
+    )
+    .await
+    .map_err(|e| refusal(&e))?;
     let (local, kind) = match entrance {
         Entrance::Node => (
             hello
@@ -167,7 +171,7 @@ async fn handshake(
 }
 
 impl Tunnel {
-    async fn run(self: Arc<Self>, tls: TlsStream<TcpStream>) {
+    async fn run(self: Arc<Self>, tls: TlsStream<BufReader<TcpStream>>) {
         let connection = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -269,7 +273,7 @@ impl Tunnel {
         let admitted = Box::pin(self.admit(&request, &mut flow)).await;
         let Admitted {
             pod,
-            delivered,
+            mut delivered,
             charge,
             captured,
         } = match admitted {

@@ -63,7 +63,7 @@ fn account(buffered_bytes: usize) -> Arc<Account> {
 }
 
 async fn run(
-    socket: TcpStream,
+    mut socket: TcpStream,
     ends: Ends,
     account: Arc<Account>,
 ) -> (Result<(), Broken>, u64, u64) {
@@ -73,7 +73,7 @@ async fn run(
         account.open_charge(Resource::BufferedBytes),
         account.open_charge(Resource::BufferedBytes),
     ];
-    let result = relay(&socket, &mut send, &mut receive, &up, &down, buffered).await;
+    let result = relay(&mut socket, &mut send, &mut receive, &up, &down, buffered).await;
     (result, up.get(), down.get())
 }
 
