@@ -96,6 +96,9 @@ pub(crate) enum Lab {
         /// Only the last lines
         #[arg(long)]
         tail: Option<usize>,
+        /// Go on printing what is added, until interrupted
+        #[arg(short = 'f', long)]
+        follow: bool,
     },
     /// Print the metrics of a node's proxy, or of the controller
     Metrics {

@@ -110,9 +110,17 @@ pub(crate) fn run(command: Lab) -> Result<ExitCode> {
             proxy,
             agent,
             tail,
+            follow,
         } => {
-            let parts = view::NodeParts { proxy, agent };
-            view::logs(&lab.name, namespace.as_deref(), &of, parts, tail)?;
+            let wanted = view::Logs {
+                of,
+                namespace,
+                proxy,
+                agent,
+                tail,
+                follow,
+            };
+            wanted.print(&lab.name)?;
         }
         Lab::Metrics { lab, of } => view::metrics(&lab.name, &of)?,
         Lab::Restart { lab, part, kill } => {

@@ -29,7 +29,7 @@ pub(crate) fn ask(lab: &LabName, request: &Request) -> Result<()> {
     for line in BufReader::new(stream).lines() {
         let line = line.map_err(dead)?;
         match serde_json::from_str::<Answer>(&line).context("answer")? {
-            Answer::Note(note) => println!("{note}"),
+            Answer::Note(note) => super::view::say(note),
             Answer::Done => return Ok(()),
             Answer::Failed(why) => return Err(Error::new(why)),
         }

@@ -233,3 +233,60 @@ fn explain(done: &processes::Finished) -> String {
 
 /// More than the 10 s that Warren's own plugin may take.
 const PLUGIN_LIMIT: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_configuration_counts_and_what_others_insert_is_seen() {
+        let dir = std::env::temp_dir().join(format!("warren-cni-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let chain = Chain {
+            netns: PathBuf::new(),
+            conf_dir: dir.clone(),
+            bin_dirs: vec![dir.clone()],
+        };
+        assert!(
+            chain
+                .read()
+                .unwrap_err()
+                .to_string()
+                .contains("there is none")
+        );
+        let write = |name: &str, text: &str| std::fs::write(dir.join(name), text).unwrap();
+        write(
+            "20-late.conf",
+            r#"{"cniVersion": "0.3.1", "name": "late", "type": "ptp"}"#,
+        );
+        write("README", "not a configuration");
+        assert!(chain.has("ptp") && !chain.has("bridge"));
+        let plugins = r#"[{"type": "bridge"}, {"type": "warren-cni"}]"#;
+        write(
+            "10-lab.conflist",
+            &format!(r#"{{"cniVersion": "1.0.0", "name": "lab", "plugins": {plugins}}}"#),
+        );
+        let (name, version, plugins) = chain.read().unwrap();
+        assert_eq!((&*name, &*version, plugins.len()), ("lab", "1.0.0", 2));
+        assert!(chain.has("warren-cni"));
+        assert!(chain.find("../bridge").is_err());
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn addresses_come_without_their_prefix() {
+        let result = json!({"ips": [{"address": "10.1.2.3/24"}, {"address": "fd00::3/64"}]});
+        let attached = Attached {
+            plugins: vec![],
+            name: String::new(),
+            version: String::new(),
+            result,
+        };
+        let ips: Vec<String> = attached
+            .addresses()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(ips, ["10.1.2.3", "fd00::3"]);
+    }
+}

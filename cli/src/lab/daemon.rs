@@ -349,8 +349,21 @@ impl Lab {
         }
     }
 
-    /// Ends all processes of the lab: apps first, while their proxies still run.
+    /// Ends all processes of the lab, and gives apps a moment to end by themselves.
     async fn end(&self) {
+        // First, so that nothing is started again.
+        self.tasks.borrow_mut().abort_all();
+        if let Some(controller) = &*self.controller.borrow() {
+            controller.stop();
+        }
+        for node in &self.nodes {
+            if let Some(agent) = &*node.agent.borrow() {
+                agent.stop();
+            }
+            for proxy in node.proxies.borrow().iter() {
+                proxy.component.stop();
+            }
+        }
         let apps: Vec<u32> = self
             .cluster
             .borrow()
@@ -358,10 +371,7 @@ impl Lab {
             .values()
             .filter_map(|p| p.life.pid)
             .collect();
-        let mesh: Vec<u32> = self.component_pids().into_iter().collect();
-        let me = std::process::id();
-        self.tasks.borrow_mut().abort_all();
-        for pid in apps.iter().chain(&mesh).filter(|pid| **pid != me) {
+        for pid in &apps {
             processes::signal(*pid, Signal::SIGTERM);
         }
         // What does not listen dies with this process.

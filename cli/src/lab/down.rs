@@ -20,11 +20,11 @@ pub(crate) fn down(name: &LabName) -> Result<()> {
         || name.paths().dir().exists()
         || !netns::list(&name.netns_prefix()).is_empty();
     if !was_there {
-        println!("there is no lab {name}");
+        super::view::say(format_args!("there is no lab {name}"));
         return Ok(());
     }
     clean(name)?;
-    println!("lab {name} is gone");
+    super::view::say(format_args!("lab {name} is gone"));
     Ok(())
 }
 

@@ -85,4 +85,35 @@ mod tests {
         assert!(is_serving(&[0, 0, 0, 0, 2, 8, 1]));
         assert!(!is_serving(&[0, 0, 0, 0, 2, 8, 2]) && !is_serving(&[]));
     }
+
+    #[tokio::test]
+    async fn a_server_is_asked_and_believed() {
+        for (answer, status, good) in [
+            (&[0, 0, 0, 0, 2, 8, 1][..], "0", true),
+            (&[0, 0, 0, 0, 2, 8, 2][..], "0", false),
+            (&[], "12", false),
+        ] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let server = async {
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+                    let head = http::Response::new(());
+                    let mut send = respond.send_response(head, false).unwrap();
+                    send.send_data(Bytes::from_static(answer), false).unwrap();
+                    let mut trailers = http::HeaderMap::new();
+                    trailers.insert("grpc-status", status.parse().unwrap());
+                    send.send_trailers(trailers).unwrap();
+                }
+            };
+            let client = async {
+                let stream = TcpStream::connect(address).await.unwrap();
+                check(stream, &address.to_string(), "web").await
+            };
+            let (result, ()) = tokio::join!(client, server);
+            assert_eq!(result.is_ok(), good, "{result:?}");
+        }
+    }
 }

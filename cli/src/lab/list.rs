@@ -36,7 +36,9 @@ pub(crate) fn list() {
         })
         .collect();
     if rows.is_empty() {
-        println!("there is no lab; `warren lab up -f FILE` starts one");
+        super::view::say(format_args!(
+            "there is no lab; `warren lab up -f FILE` starts one"
+        ));
         return;
     }
     super::view::print(&["NAME", "STATE", "NODES", "PODS READY"], &rows);

@@ -6,6 +6,8 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -99,6 +101,8 @@ impl Published {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             let draft = file.with_file_name(format!(".{name}.new"));
             std::fs::write(&draft, text)?;
+            // Environments of pods are in there.
+            std::fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
             std::fs::rename(&draft, file)
         })
     }

@@ -74,7 +74,9 @@ pub(crate) fn up(options: &Up) -> Result<()> {
         "lab"
     };
     let (nodes, objects) = (options.nodes, documents.len());
-    println!("{kind} {name} is up: {nodes} nodes, {objects} objects, every pod is ready");
+    super::view::say(format_args!(
+        "{kind} {name} is up: {nodes} nodes, {objects} objects, every pod is ready"
+    ));
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! `get`, `logs` and `metrics`: looking at a lab.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -191,72 +192,105 @@ pub(crate) fn print(head: &[&str], rows: &[Vec<String>]) {
             .zip(&widths)
             .map(|(cell, width)| format!("{cell:width$}"))
             .collect();
-        // A reader that closed its end has seen enough.
-        let _ = writeln!(std::io::stdout(), "{}", cells.join("  ").trim_end());
+        say(cells.join("  ").trim_end());
     }
 }
 
+/// Prints a line.
+pub(crate) fn say(line: impl std::fmt::Display) {
+    // Whoever closed their end does not want to know; the work goes on.
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Prints what was asked for. A reader that closed its end has seen enough.
 fn write_out(bytes: &[u8]) -> Result<()> {
     match std::io::stdout().write_all(bytes) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("output"),
-        _ => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        done => done.context("output"),
     }
 }
 
-/// What of a node is meant.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NodeParts {
+/// Which logs are to be printed, and how.
+#[derive(Debug)]
+pub(crate) struct Logs {
+    /// POD, deploy/NAME, node/NODE, controller or daemon.
+    pub(crate) of: String,
+    pub(crate) namespace: Option<String>,
     pub(crate) proxy: bool,
     pub(crate) agent: bool,
+    pub(crate) tail: Option<usize>,
+    pub(crate) follow: bool,
 }
 
-/// Prints logs.
-pub(crate) fn logs(
-    lab: &LabName,
-    namespace: Option<&str>,
-    of: &str,
-    parts: NodeParts,
-    tail: Option<usize>,
-) -> Result<()> {
-    let paths = lab.paths();
-    let status = status::read(lab)?;
-    let files: Vec<(&str, PathBuf)> = if of == "controller" {
-        vec![("controller", paths.component_log(None, "controller"))]
-    } else if of == "daemon" {
-        vec![("daemon", paths.daemon_log())]
-    } else if of.starts_with("node/") || (namespace.is_none() && status.node(of).is_ok()) {
-        let node = status.node(of)?.name.clone();
-        let both = parts.proxy == parts.agent;
-        let wanted = [
-            ("agent", both || parts.agent),
-            ("proxy", both || parts.proxy),
-        ];
-        let wanted = wanted.into_iter().filter(|(_, wanted)| *wanted);
-        wanted
-            .map(|(part, _)| (part, paths.component_log(Some(&node), part)))
-            .collect()
-    } else {
-        let pod = match status.pod(namespace, of) {
+impl Logs {
+    /// Prints them.
+    pub(crate) fn print(&self, lab: &LabName) -> Result<()> {
+        let files = self.files(lab)?;
+        let mut ends = Vec::new();
+        for (part, file) in &files {
+            let bytes = read_from(file, 0)?;
+            if files.len() > 1 {
+                write_out(format!("==> {part} <==\n").as_bytes())?;
+            }
+            write_out(last_lines(&bytes, self.tail))?;
+            ends.push(bytes.len() as u64);
+        }
+        if !self.follow {
+            return Ok(());
+        }
+        loop {
+            std::thread::sleep(FOLLOW_PERIOD);
+            for ((_, file), end) in files.iter().zip(&mut ends) {
+                let bytes = read_from(file, *end)?;
+                write_out(&bytes)?;
+                *end += bytes.len() as u64;
+            }
+        }
+    }
+
+    fn files(&self, lab: &LabName) -> Result<Vec<(&'static str, PathBuf)>> {
+        let paths = lab.paths();
+        let of = self.of.as_str();
+        match of {
+            "controller" => return Ok(vec![("controller", paths.component_log(None, of))]),
+            "daemon" => return Ok(vec![("daemon", paths.daemon_log())]),
+            _ => {}
+        }
+        let status = status::read(lab)?;
+        let namespace = self.namespace.as_deref();
+        if of.starts_with("node/") || (namespace.is_none() && status.node(of).is_ok()) {
+            let node = &status.node(of)?.name;
+            let both = self.proxy == self.agent;
+            let parts = [("agent", both || self.agent), ("proxy", both || self.proxy)];
+            let wanted = parts.into_iter().filter(|(_, wanted)| *wanted);
+            return Ok(wanted
+                .map(|(p, _)| (p, paths.component_log(Some(node), p)))
+                .collect());
+        }
+        let (namespace, pod) = match status.pod(namespace, of) {
             Ok(pod) => (pod.namespace.clone(), pod.name.clone()),
             // The log of a pod outlives it.
             Err(error) => gone_pod(&paths.logs().join("pods"), namespace, of).ok_or(error)?,
         };
-        vec![("pod", paths.pod_log(&pod.0, &pod.1))]
-    };
-    let head = files.len() > 1;
-    for (part, file) in files {
-        let bytes = match std::fs::read(&file) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(e).context(file.display()),
-        };
-        if head {
-            write_out(format!("==> {part} <==\n").as_bytes())?;
-        }
-        write_out(last_lines(&bytes, tail))?;
+        Ok(vec![("pod", paths.pod_log(&namespace, &pod))])
     }
-    Ok(())
 }
+
+/// A log from an offset on; empty while there is none.
+fn read_from(file: &Path, offset: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = || {
+        let mut opened = File::open(file)?;
+        opened.seek(SeekFrom::Start(offset))?;
+        opened.read_to_end(&mut bytes)
+    };
+    match { read }() {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).context(file.display()),
+        _ => Ok(bytes),
+    }
+}
+
+const FOLLOW_PERIOD: Duration = Duration::from_millis(200);
 
 fn gone_pod(logs: &Path, namespace: Option<&str>, pod: &str) -> Option<(String, String)> {
     let entries = std::fs::read_dir(logs).ok()?.flatten();
