@@ -231,7 +231,7 @@ fn a_used_socket_is_bound_and_connected_again_however_its_connection_ended() {
         drop(server);
         assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
         namespaces.deafen(
-            "add table inet deaf { chain in { type filter hook input priority 0; policy drop; } }",
+            "add table inet deaf; add chain inet deaf wall { type filter hook input priority 0; policy drop; }",
         );
         client.shutdown(std::net::Shutdown::Write).unwrap();
         stock.give_back(client.into(), false);
