@@ -2,7 +2,7 @@
 //! [`mesh-hold`](bin/mesh-hold.rs).
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,8 @@ pub struct LoadReport {
     pub lag_ms: f64,
     /// The first failures, with the time since the start.
     pub failures: Vec<String>,
+    /// Begin and end of the connections that were cut, in milliseconds since the epoch.
+    pub cuts: Vec<(f64, f64)>,
 }
 
 impl LoadReport {
@@ -56,9 +58,9 @@ impl LoadReport {
     }
 
     /// Panics if a connection was refused, failed to connect or waited for more than `longest`, or if
-    /// more than `cut` of those already established were lost.
+    /// one was cut that was not open at one of the `kills`.
     #[track_caller]
-    pub fn expect_no_refusal(&self, what: &str, longest: Duration, cut: u64) {
+    pub fn expect_no_refusal(&self, what: &str, longest: Duration, kills: &[SystemTime]) {
         assert!(self.started > 0, "{what}: no connection was tried");
         assert_eq!(
             self.refused + self.unreachable,
@@ -66,9 +68,16 @@ impl LoadReport {
             "{what}: refused: {self:#?}"
         );
         assert_eq!(self.timed_out + self.wrong, 0, "{what}: {self:#?}");
+        let kills: Vec<f64> = kills.iter().map(|at| epoch_ms(*at)).collect();
+        let was_open = |(begin, end): &(f64, f64)| {
+            kills
+                .iter()
+                .any(|kill| *begin < kill + DYING_MS && end + 1.0 > *kill)
+        };
+        let others: Vec<_> = self.cuts.iter().filter(|cut| !was_open(cut)).collect();
         assert!(
-            self.cut <= cut,
-            "{what}: more than {cut} established connections were lost: {self:#?}"
+            others.is_empty(),
+            "{what}: cut at {others:?}, killed at {kills:?}: {self:#?}"
         );
         let longest = longest.as_secs_f64() * 1e3;
         assert!(
@@ -76,6 +85,17 @@ impl LoadReport {
             "{what}: waited longer than {longest} ms: {self:#?}"
         );
     }
+}
+
+/// From SIGKILL until a process accepts nothing more.
+const DYING_MS: f64 = 30.0;
+
+/// Milliseconds since the epoch.
+pub fn epoch_ms(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
+        * 1e3
 }
 
 /// What became of connections that were held.

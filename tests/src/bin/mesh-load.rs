@@ -7,13 +7,13 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::Parser;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use warren_tests::load::LoadReport;
+use warren_tests::load::{LoadReport, epoch_ms};
 
 #[derive(Parser)]
 struct Args {
@@ -174,6 +174,11 @@ impl Tally {
                     Failure::TimedOut => &mut report.timed_out,
                     Failure::Wrong => &mut report.wrong,
                 } += 1;
+                if matches!(failure, Failure::Cut) {
+                    let end = SystemTime::now();
+                    let begin = end - started.elapsed();
+                    report.cuts.push((epoch_ms(begin), epoch_ms(end)));
+                }
                 if report.failures.len() < 20 {
                     let at = started.duration_since(begin).as_secs_f64();
                     report
