@@ -36,8 +36,7 @@ check: ## the quick look: fmt, clippy, unit tests (a few minutes)
 test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
 	@scripts/install-deps.sh build lab test
 	cargo build --release --workspace --bins
-	cargo test --release --workspace --exclude warren-tests
-	cargo test --release -p warren-tests -- --test-threads=1
+	scripts/run-tests.sh
 
 test-long: ## soaks, scale and the whole bench (root; an hour or two on an idle machine)
 	@scripts/install-deps.sh build lab test bench
