@@ -33,8 +33,19 @@ pub(crate) fn within<T>(netns: &Path, act: impl FnOnce() -> T) -> io::Result<T> 
 }
 
 /// Makes a named namespace with its loopback up. One of that name that exists is an error.
+///
+/// Interfaces that come do not look for others with their IPv6 addresses: there are none, and until they had
+/// looked, a second or two, the first connection would wait.
 pub(crate) async fn create(name: &str) -> Result<PathBuf> {
     ip(&["netns", "add", name]).await?;
+    let path = netns_path(name);
+    let quiet = || {
+        std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")?;
+        std::fs::write("/proc/sys/net/ipv6/conf/all/accept_dad", "0")
+    };
+    within(&path, quiet)
+        .and_then(|done| done)
+        .context(format!("sysctls of {name}"))?;
     ip(&["-n", name, "link", "set", "lo", "up"]).await?;
     let netns = netns_path(name);
     // A host that prefers BBR hands it down, and BBR paces flows over veth to a fraction of what they do.
