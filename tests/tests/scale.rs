@@ -46,6 +46,8 @@ fn idle_connections_are_cheap_and_give_everything_back() {
         });
 
         let held = hold(s, &lab, connections);
+        // Idle means idle: nothing ends or grows by itself.
+        let_run(Duration::from_secs(10));
         let during = NODES.map(|node| Usage::of(&lab, node));
         for ((node, before), during) in NODES.iter().zip(&before).zip(&during) {
             let each = (during.rss_kib.saturating_sub(before.rss_kib)) as f64 / connections as f64;
