@@ -269,7 +269,9 @@ fn a_pod_joins_and_leaves_while_its_connections_live_on() {
 
             drop(captured);
             eventually("left", || phase(&config, "web") == Some(Phase::Direct));
-            assert_eq!(controller.state_of("web"), None);
+            eventually("the leaving is reported", || {
+                controller.state_of("web").is_none()
+            });
             assert!(early.iter_mut().all(Call::works));
             assert!(late.iter_mut().all(Call::works));
             eventually("no trace", || web.traces() == untouched);
