@@ -31,6 +31,7 @@ mod mesh_files;
 pub(crate) mod names;
 mod netns;
 mod network;
+mod parts;
 mod plan;
 mod pods;
 mod probes;
@@ -38,6 +39,7 @@ mod processes;
 mod publish;
 mod requests;
 mod services;
+mod snapshot;
 mod status;
 #[allow(unsafe_code)]
 mod sys;

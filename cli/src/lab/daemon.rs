@@ -22,10 +22,7 @@ use super::component::Component;
 use super::mesh::{self, Node};
 use super::names::{LabName, Paths};
 use super::plan::Plan;
-use super::status::{
-    ControllerStatus, DeploymentStatus, NodeStatus, PodStatus, PortStatus, ServiceStatus, Status,
-};
-use super::{container, deployments, network, pods, processes, publish, requests, services};
+use super::{deployments, network, pods, processes, publish, requests};
 use crate::args::ConfigPart;
 use crate::error::{Context, Result};
 
@@ -237,7 +234,7 @@ impl Lab {
                     &cluster.owned(key),
                 );
                 let owner = (key.1.clone(), hash);
-                let pods = (0..step.create).map(|_| requests::pod_of(key, &owner, &template));
+                let pods = (0..step.create).map(|_| deployments::pod_of(key, &owner, &template));
                 create.extend(pods);
                 delete.extend(step.delete.into_iter().map(|name| (key.0.clone(), name)));
             }
@@ -289,66 +286,6 @@ impl Lab {
         pids
     }
 
-    /// What readers of the status file are told.
-    pub(crate) fn status(&self) -> Status {
-        let cluster = self.cluster.borrow();
-        let controller = self.controller.borrow();
-        Status {
-            nodes: self.nodes.iter().map(node_status).collect(),
-            pods: cluster
-                .pods
-                .iter()
-                .map(|(key, pod)| self.pod_status(&cluster, key, pod))
-                .collect(),
-            services: service_status(&cluster),
-            deployments: deployment_status(&cluster),
-            controller: ControllerStatus {
-                pid: controller.as_ref().and_then(Component::pid).unwrap_or(0),
-                netns: super::names::netns_path(&self.name.netns("controller")),
-                address: self.spec.mesh.then(|| self.plan.controller().v4.into()),
-            },
-        }
-    }
-
-    fn pod_status(&self, cluster: &Cluster, key: &Key, pod: &PodRecord) -> PodStatus {
-        let (namespace, name) = key;
-        let annotations = pod.manifest.metadata.annotations.as_ref();
-        let tunnel = annotations.and_then(|a| a.get(mesh_api::names::TUNNEL_ANNOTATION));
-        let node_ip = self.node(pod.node()).map(|n| n.addresses.v4.to_string());
-        let place = container::Place {
-            ips: pod.life.ips.clone(),
-            host_ip: node_ip.unwrap_or_default(),
-        };
-        let launch = container::launch(&pod.manifest, &place);
-        let container = pod.spec().and_then(|s| s.containers.first());
-        PodStatus {
-            name: name.clone(),
-            namespace: namespace.clone(),
-            node: pod.node().into(),
-            ips: pod.life.ips.clone(),
-            identity: format!(
-                "spiffe://{}/ns/{namespace}/sa/{}",
-                self.spec.trust_domain,
-                pod.account()
-            ),
-            mesh: "none".into(),
-            netns: super::names::netns_path(&self.name.pod_netns(namespace, name)),
-            pid: pod.life.pid.unwrap_or(0),
-            ready: pod.is_ready(),
-            restarts: pod.life.restarts,
-            phase: pod.life.phase.name().into(),
-            message: pod.life.step.clone(),
-            terminating: pod.life.terminating,
-            uid: pod.uid().into(),
-            owner: pod.owner.as_ref().map(|(deployment, _)| deployment.clone()),
-            run_as: launch.user,
-            env: launch.env,
-            container: container.map(|c| c.name.clone()).unwrap_or_default(),
-            hbone: tunnel.is_some_and(|t| t == "hbone"),
-            opted_in: cluster.opted_in(key, pod),
-        }
-    }
-
     /// Ends all processes of the lab, and gives apps a moment to end by themselves.
     async fn end(&self) {
         // First, so that nothing is started again.
@@ -381,90 +318,6 @@ impl Lab {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-}
-
-fn node_status(node: &Node) -> NodeStatus {
-    let proxies = node.proxies.borrow();
-    let proxy = proxies.first();
-    let address = proxy.and_then(|p| p.address());
-    let pid = |c: &Component| c.pid().unwrap_or(0);
-    NodeStatus {
-        name: node.name.clone(),
-        address: Some(node.addresses.v4.into()),
-        addresses: node.addresses.both().into(),
-        netns: node.netns.clone(),
-        // Looked up by the reader.
-        proxy_pid: 0,
-        proxy_supervisor_pid: proxy.map_or(0, |p| pid(&p.component)),
-        agent_pid: node.agent.borrow().as_ref().map_or(0, pid),
-        metrics_url: address.map_or(String::new(), |ip| {
-            format!("http://{ip}:{}/metrics", mesh_api::names::METRICS_PORT)
-        }),
-        proxy_netns: proxy.map(|p| p.sandbox.netns.clone()).unwrap_or_default(),
-        proxy_address: address,
-        admin_socket: proxy.map(|p| p.admin_socket.clone()).unwrap_or_default(),
-        draining_pids: proxies
-            .iter()
-            .skip(1)
-            .filter_map(|p| p.component.pid())
-            .collect(),
-    }
-}
-
-fn service_status(cluster: &Cluster) -> Vec<ServiceStatus> {
-    let slices = services::all_slices(cluster);
-    let of = |(namespace, name): (&String, &String)| {
-        let own = slices.iter().filter(move |s| {
-            let labels = s.metadata.labels.as_ref();
-            s.metadata.namespace.as_ref() == Some(namespace)
-                && labels.and_then(|l| l.get(services::SERVICE_NAME)) == Some(name)
-        });
-        let endpoints = own.flat_map(|s| s.endpoints.iter().flatten());
-        endpoints
-            .filter(|e| e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true))
-            .flat_map(|e| e.addresses.first().cloned())
-            .collect::<Vec<String>>()
-    };
-    let status = cluster
-        .services
-        .iter()
-        .map(|((namespace, name), service)| ServiceStatus {
-            name: name.clone(),
-            namespace: namespace.clone(),
-            cluster_ips: services::addresses(service)
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
-            ports: services::ports(service)
-                .map(|port| PortStatus {
-                    name: port.name.clone().unwrap_or_default(),
-                    port: port.port,
-                    protocol: port.protocol.clone().unwrap_or_else(|| "TCP".into()),
-                    node_port: port.node_port,
-                })
-                .collect(),
-            endpoints: of((namespace, name)),
-        });
-    status.collect()
-}
-
-fn deployment_status(cluster: &Cluster) -> Vec<DeploymentStatus> {
-    let status = cluster.deployments.iter().map(|(key, record)| {
-        let template = deployments::template(&record.manifest, record.restarted.as_deref());
-        let hash = deployments::template_hash(&template);
-        let owned = cluster.owned(key);
-        DeploymentStatus {
-            name: key.1.clone(),
-            namespace: key.0.clone(),
-            replicas: deployments::replicas(&record.manifest),
-            ready: owned.iter().filter(|p| p.ready).count(),
-            updated: owned
-                .iter()
-                .filter(|p| p.hash == hash && !p.terminating)
-                .count(),
-        }
-    });
-    status.collect()
 }
 
 /// Random characters, two a byte.

@@ -6,8 +6,11 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::PodTemplateSpec;
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use tokio::sync::watch;
 
+use super::cluster::{Key, Life, PodRecord};
 use super::names::short_hash;
 
 /// A pod of a Deployment.
@@ -107,6 +110,50 @@ pub(crate) fn selects(
     selector
         .iter()
         .all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// A new pod of a Deployment, owned as the ReplicaSet controller would have it.
+pub(crate) fn pod_of(
+    (namespace, deployment): &Key,
+    owner: &(String, String),
+    template: &PodTemplateSpec,
+) -> PodRecord {
+    let hash = &owner.1;
+    let mut pod = Pod {
+        metadata: template.metadata.clone().unwrap_or_default(),
+        spec: template.spec.clone(),
+        ..Pod::default()
+    };
+    let metadata = &mut pod.metadata;
+    metadata.name = Some(format!("{deployment}-{hash}-{}", random_name()));
+    metadata.namespace = Some(namespace.clone());
+    metadata
+        .labels
+        .get_or_insert_default()
+        .insert("pod-template-hash".into(), hash.clone());
+    metadata.owner_references = Some(vec![OwnerReference {
+        api_version: "apps/v1".into(),
+        kind: "ReplicaSet".into(),
+        name: format!("{deployment}-{hash}"),
+        uid: format!("{deployment}-{hash}"),
+        controller: Some(true),
+        ..OwnerReference::default()
+    }]);
+    PodRecord {
+        manifest: pod,
+        written: None,
+        owner: Some(owner.clone()),
+        life: Life::default(),
+        stop: watch::Sender::new(None),
+    }
+}
+
+/// Five characters, of those that Kubernetes uses: none that make words or look alike.
+fn random_name() -> String {
+    const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+    (0..5)
+        .map(|_| char::from(LETTERS[rand::random_range(0..LETTERS.len())]))
+        .collect()
 }
 
 /// The same as `kubectl rollout restart` uses.

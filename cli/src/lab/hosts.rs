@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::cluster::{Cluster, Key, PodRecord};
-use super::services::{addresses, is_headless};
+use super::services::{addresses, all_slices, belongs_to, is_headless, takes_traffic};
 
 /// The domain of Service names; the trust domain may differ.
 const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -42,17 +42,13 @@ pub(crate) fn names(cluster: &Cluster) -> Vec<Name> {
     names.filter(|n| !n.addresses.is_empty()).collect()
 }
 
-fn endpoints(cluster: &Cluster, (namespace, name): &Key) -> Vec<IpAddr> {
-    let slices = super::services::all_slices(cluster)
+fn endpoints(cluster: &Cluster, key: &Key) -> Vec<IpAddr> {
+    let slices = all_slices(cluster)
         .into_iter()
-        .filter(|slice| {
-            let labels = slice.metadata.labels.as_ref();
-            slice.metadata.namespace.as_ref() == Some(namespace)
-                && labels.and_then(|l| l.get(super::services::SERVICE_NAME)) == Some(name)
-        });
-    slices
-        .flat_map(|slice| slice.endpoints.unwrap_or_default())
-        .filter(|e| e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true))
+        .filter(|slice| belongs_to(slice, key));
+    let endpoints = slices.flat_map(|slice| slice.endpoints.unwrap_or_default());
+    endpoints
+        .filter(takes_traffic)
         .filter_map(|e| e.addresses.first()?.parse().ok())
         .collect()
 }

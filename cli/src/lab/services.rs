@@ -13,7 +13,7 @@ use super::deployments::selects;
 use super::plan::Plan;
 
 /// Label that says which Service a slice belongs to.
-pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// Sets cluster IPs and node ports: those of the existing object of that name are kept, those the user wrote
 /// are honoured, the rest is given out. Both families unless `ipFamilyPolicy` or `ipFamilies` say otherwise.
@@ -181,6 +181,19 @@ pub(crate) fn is_headless(service: &Service) -> bool {
 
 pub(crate) fn ports(service: &Service) -> impl Iterator<Item = &ServicePort> {
     service.spec.iter().flat_map(|s| s.ports.iter().flatten())
+}
+
+/// Whether a slice is one of a Service's.
+pub(crate) fn belongs_to(slice: &EndpointSlice, (namespace, name): &Key) -> bool {
+    let labels = slice.metadata.labels.as_ref();
+    slice.metadata.namespace.as_ref() == Some(namespace)
+        && labels.and_then(|l| l.get(SERVICE_NAME)) == Some(name)
+}
+
+/// Whether an endpoint gets new connections. An unset condition means that it does.
+pub(crate) fn takes_traffic(endpoint: &Endpoint) -> bool {
+    let conditions = endpoint.conditions.as_ref();
+    conditions.and_then(|c| c.ready).unwrap_or(true)
 }
 
 /// All slices: the user's own, and those of Services with a selector.

@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
 use super::cluster::Cluster;
-use super::services::{SERVICE_NAME, addresses, all_slices, ports};
+use super::services::{addresses, all_slices, belongs_to, ports, takes_traffic};
 
 /// Made once in each node's namespace. `bridge_address` is the MAC of the pods' bridge.
 pub(crate) fn base(bridge_address: &str) -> String {
@@ -70,15 +70,8 @@ table bridge warren_lab {{
 pub(crate) fn rules(cluster: &Cluster) -> String {
     let slices = all_slices(cluster);
     let mut chains = Chains::default();
-    for ((namespace, name), service) in &cluster.services {
-        let own: Vec<&EndpointSlice> = slices
-            .iter()
-            .filter(|slice| {
-                let labels = slice.metadata.labels.as_ref();
-                slice.metadata.namespace.as_ref() == Some(namespace)
-                    && labels.and_then(|l| l.get(SERVICE_NAME)) == Some(name)
-            })
-            .collect();
+    for (key, service) in &cluster.services {
+        let own: Vec<&EndpointSlice> = slices.iter().filter(|s| belongs_to(s, key)).collect();
         for port in ports(service) {
             let port_name = port.name.as_deref().unwrap_or_default();
             let protocol = match port.protocol.as_deref() {
@@ -139,12 +132,7 @@ fn targets(slices: &[&EndpointSlice], family: Family, port_name: &str) -> Vec<(S
             continue;
         };
         for endpoint in slice.endpoints.iter().flatten() {
-            let ready = endpoint
-                .conditions
-                .as_ref()
-                .and_then(|c| c.ready)
-                .unwrap_or(true);
-            if let (true, Some(address)) = (ready, endpoint.addresses.first()) {
+            if let (true, Some(address)) = (takes_traffic(endpoint), endpoint.addresses.first()) {
                 targets.push((address.clone(), port));
             }
         }
