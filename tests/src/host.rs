@@ -159,15 +159,25 @@ pub fn family(pid: u32) -> Vec<u32> {
     all
 }
 
-/// Resident memory of a process and its descendants, in kibibytes.
+/// Resident memory of a process and its descendants, in kibibytes. Proportional: what supervisor and
+/// worker share counts once.
 pub fn rss_kib(pid: u32) -> u64 {
+    memory_kib(pid, "Pss:")
+}
+
+/// The part of it that the processes allocated. The rest are pages of the program file, which the kernel
+/// brings and takes as it likes.
+pub fn allocated_kib(pid: u32) -> u64 {
+    memory_kib(pid, "Pss_Anon:")
+}
+
+fn memory_kib(pid: u32, field: &str) -> u64 {
     family(pid)
         .into_iter()
         .filter_map(|p| {
             let text = fs::read_to_string(format!("/proc/{p}/smaps_rollup")).ok()?;
-            // Proportional: what supervisor and worker share counts once.
             text.lines().find_map(|l| {
-                l.strip_prefix("Pss:")?
+                l.strip_prefix(field)?
                     .trim()
                     .strip_suffix(" kB")?
                     .trim()

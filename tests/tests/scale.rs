@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use warren_tests::host::{descriptors, rss_kib};
+use warren_tests::host::{allocated_kib, descriptors, rss_kib};
 use warren_tests::lab::Lab;
 use warren_tests::load::{HoldReport, Running};
 use warren_tests::long;
@@ -69,8 +69,8 @@ fn idle_connections_are_cheap_and_give_everything_back() {
                 for (node, before) in NODES.iter().zip(&before) {
                     let now = Usage::of(&lab, node);
                     // A sixteenth of what the connections took may stay in the allocator; stocks vary.
-                    let allowed = before.rss_kib + 3_000 + connections / 3;
-                    if now.rss_kib > allowed || now.descriptors > before.descriptors + 100 {
+                    let allowed = before.allocated_kib + 3_000 + connections / 3;
+                    if now.allocated_kib > allowed || now.descriptors > before.descriptors + 100 {
                         return Err(format!("{node}: {now:?}, before {before:?}"));
                     }
                 }
@@ -114,6 +114,7 @@ fn a_hundred_idle_pods_fit_in_little_memory() {
 #[derive(Clone, Copy, Debug)]
 struct Usage {
     rss_kib: u64,
+    allocated_kib: u64,
     descriptors: usize,
 }
 
@@ -123,6 +124,7 @@ impl Usage {
         let proxy = lab.node(node).supervisor;
         Self {
             rss_kib: rss_kib(proxy),
+            allocated_kib: allocated_kib(proxy),
             descriptors: descriptors(proxy),
         }
     }
