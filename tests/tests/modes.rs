@@ -141,21 +141,17 @@ fn modes_decide_on_callers_outside_the_mesh() {
             assert_eq!(status("/healthz"), "200", "the declared probe of {ip}");
             assert_ne!(status("/secret"), "200", "an undeclared path of {ip}");
         }
-        let who = from_node(
-            &node,
-            &format!("{}:{WHO}", lab.pod(("vault", "server")).v4()),
-        );
+        let target = format!("{}:{WHO}", lab.pod(("vault", "server")).v4());
+        let who = from_node(&node, &["who", &target]);
         assert!(
             !who["error"].is_null(),
             "an undeclared port answered the node: {who}"
         );
-        let greeting = from_node(
-            &node,
-            &format!("{}:{ECHO}", lab.pod(("vault", "server")).v4()),
-        );
-        assert!(
-            !greeting["error"].is_null(),
-            "a TCP probe's port carried bytes: {greeting}"
+        let target = format!("{}:{ECHO}", lab.pod(("vault", "server")).v4());
+        let sent = from_node(&node, &["send", &target, "more than a probe"]);
+        assert_ne!(
+            sent["answer"], "more than a probe",
+            "a TCP probe's port carried bytes: {sent}"
         );
 
         // Permissive from now on, without a restart.
@@ -280,9 +276,9 @@ fn expect_served(lab: &Lab, caller: PodRef<'_>, server: &str) {
 
 /// The same experiment from the node's own namespace.
 #[track_caller]
-fn from_node(netns: &str, target: &str) -> Value {
+fn from_node(netns: &str, args: &[&str]) -> Value {
     let program = binary("mesh-try").display().to_string();
     let mut command: Command = in_namespace(netns, &program);
-    let done = run(command.args(["who", target]), Duration::from_secs(30)).expect_ok();
+    let done = run(command.args(args), Duration::from_secs(30)).expect_ok();
     serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
 }
