@@ -4,6 +4,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "discovery.proto",
         "mesh.proto",
+        "routes.proto",
         "control.proto",
         "broker.proto",
         "cni.proto",

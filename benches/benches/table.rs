@@ -102,6 +102,7 @@ fn full_table() -> Arc<Table> {
                 port: 80,
                 ..Default::default()
             }],
+            ..Default::default()
         };
         (format!("bench/{}", service.name), service)
     });

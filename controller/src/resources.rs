@@ -196,6 +196,7 @@ fn node_pod(pod: &Pod, addresses: Vec<Bytes>, enrolled: bool) -> NodePod {
         exclude_outbound_cidrs: texts(&pod.exclusions.outbound_cidrs),
         probes: pod.probes.clone(),
         owner: pod.owner.clone(),
+        zone: String::new(),
     }
 }
 

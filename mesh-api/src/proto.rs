@@ -48,4 +48,13 @@ macro_rules! resource {
         }
     )*};
 }
-resource!(Workload, NodePod, Service, EndpointSlice, MeshConfig);
+resource!(
+    Workload,
+    NodePod,
+    Service,
+    EndpointSlice,
+    MeshConfig,
+    Route,
+    BackendTrafficPolicy,
+    TrafficPolicy
+);

@@ -12,6 +12,7 @@ pub mod deliver;
 pub mod discovery;
 pub mod flow;
 pub mod health;
+pub mod http;
 pub mod identity;
 pub mod inbound;
 pub mod memory;

@@ -140,6 +140,7 @@ impl PodInfo {
             exclude_outbound_cidrs,
             probes,
             owner,
+            zone: _,
         } = pod;
         for (field, value) in [("uid", uid), ("namespace", namespace), ("name", name)] {
             if value.is_empty() {

@@ -21,6 +21,8 @@ use prometheus_client::registry::Registry;
 
 pub mod access_log;
 pub mod budgets;
+pub mod http;
+pub mod trace;
 
 /// Which half of a connection this series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -58,6 +58,8 @@ pub(super) fn service(manifest: &k8s::Service, warnings: &mut Vec<String>) -> Op
         name,
         addresses: addresses.into_iter().map(address_to_bytes).collect(),
         ports,
+        internal_traffic_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        traffic_distribution: spec.traffic_distribution.clone().unwrap_or_default(),
     })
 }
 
@@ -97,6 +99,7 @@ pub(super) fn slice(
             continue;
         };
         let conditions = endpoint.conditions.as_ref();
+        let hints = endpoint.hints.as_ref();
         // An unset condition means ready; an unset `serving` means what `ready` says.
         let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
         endpoints.push(Endpoint {
@@ -106,6 +109,16 @@ pub(super) fn slice(
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             node: endpoint.node_name.clone().unwrap_or_default(),
             zone: endpoint.zone.clone().unwrap_or_default(),
+            for_zones: hints
+                .iter()
+                .flat_map(|h| h.for_zones.iter().flatten())
+                .map(|zone| zone.name.clone())
+                .collect(),
+            for_nodes: hints
+                .iter()
+                .flat_map(|h| h.for_nodes.iter().flatten())
+                .map(|node| node.name.clone())
+                .collect(),
         });
     }
     Some(EndpointSlice {

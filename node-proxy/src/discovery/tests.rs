@@ -114,6 +114,7 @@ fn web() -> mesh::Service {
             port: 80,
             ..Default::default()
         }],
+        ..Default::default()
     }
 }
 

@@ -27,6 +27,7 @@ fn record() -> NodePod {
             },
         ],
         owner: String::new(),
+        zone: String::new(),
     }
 }
 

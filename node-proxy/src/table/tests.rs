@@ -53,6 +53,7 @@ fn service(name: &str, addresses: &[&str], ports: &[(&str, u32, u32)]) -> Update
         name: name.into(),
         addresses: bytes(addresses),
         ports: ports.collect(),
+        ..Default::default()
     };
     update(&format!("demo/{name}"), &message)
 }

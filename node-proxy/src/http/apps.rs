@@ -1,0 +1,1 @@
+//! Connections to apps, kept for the next request.

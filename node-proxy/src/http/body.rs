@@ -1,0 +1,1 @@
+//! The one streaming body type.

@@ -1,0 +1,1 @@
+//! From the first bytes of a connection to its protocol.

@@ -1,0 +1,1 @@
+//! Fault injection: which requests are delayed or aborted on purpose.

@@ -1,0 +1,1 @@
+//! Limits on requests: in flight, pending, and a rate for each caller.

@@ -1,0 +1,1 @@
+//! What may be sent again, when, and how often.

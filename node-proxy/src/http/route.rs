@@ -1,0 +1,1 @@
+//! Routes of the Gateway API, compiled for matching.

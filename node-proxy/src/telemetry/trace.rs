@@ -1,0 +1,1 @@
+//! W3C trace context, sampling, and export over OTLP.
