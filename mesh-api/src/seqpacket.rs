@@ -1,13 +1,13 @@
 //! `SOCK_SEQPACKET` unix sockets that carry one protobuf message and up to 253 descriptors a packet.
 //! Truncation is an error; received descriptors are close-on-exec and owned from the first moment.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    UnixAddr, accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, sockopt,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
+    connect, getsockopt, listen, sendmsg, socket, sockopt,
 };
 use prost::Message;
 use tokio::io::Interest;
@@ -147,29 +147,24 @@ impl Connection {
 
 fn receive_packet(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let mut payload = [IoSliceMut::new(buffer)];
-    let message = recvmsg::<()>(
-        fd.as_raw_fd(),
-        &mut payload,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
-    let mut fds = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            fds.extend(received.into_iter().map(sys::own));
-        }
-    }
-    if message
-        .flags
-        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
-    {
+    receive_into(fd, buffer, &mut space)
+}
+
+/// `space`: room for descriptors. Those that came are owned, and closed with the error, also when others
+/// did not fit or this process is out of descriptors.
+fn receive_into(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    space: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let (length, flags, fds) = sys::receive(fd, buffer, space)?;
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "truncated packet",
         ));
     }
-    Ok((message.bytes, fds))
+    Ok((length, fds))
 }
 
 fn seqpacket_socket() -> io::Result<OwnedFd> {
@@ -185,8 +180,9 @@ fn seqpacket_socket() -> io::Result<OwnedFd> {
 #[allow(unsafe_code)]
 mod sys {
     use std::io;
-    use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+    use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+    use nix::sys::socket::MsgFlags;
     use tokio::io::Interest;
     use tokio::io::unix::AsyncFd;
 
@@ -194,6 +190,50 @@ mod sys {
     pub(super) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
         // SAFETY: an OwnedFd stays open, and the same descriptor, until the AsyncFd drops it.
         unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+    }
+
+    /// recvmsg(2). All descriptors that came are owned by the result. Not nix's: it does not give out those of
+    /// a truncated message, which would stay open for ever.
+    #[allow(clippy::unnecessary_cast)] // The sizes are of other types with other C libraries.
+    pub(super) fn receive(
+        fd: BorrowedFd<'_>,
+        buffer: &mut [u8],
+        space: &mut [u8],
+    ) -> io::Result<(usize, MsgFlags, Vec<OwnedFd>)> {
+        let mut payload = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
+        // SAFETY: all zero is a valid msghdr, one that names nothing.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = &raw mut payload;
+        header.msg_iovlen = 1;
+        header.msg_control = space.as_mut_ptr().cast();
+        header.msg_controllen = space.len() as _;
+        // SAFETY: `header` names `payload` and `space`, which are borrowed mutably through the call, with
+        // their sizes; the descriptor is borrowed open.
+        let length =
+            unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        let length = usize::try_from(length).map_err(|_negative| io::Error::last_os_error())?;
+        let mut fds = Vec::new();
+        // SAFETY: the kernel has set `msg_controllen` to what it wrote to `space`, and the macros stay inside;
+        // `cmsg_len` of SCM_RIGHTS covers whole descriptors, which need not be aligned. Each has just been made for
+        // this process and is owned by nobody else.
+        unsafe {
+            let mut control = libc::CMSG_FIRSTHDR(&raw const header);
+            while let Some(message) = control.as_ref() {
+                if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                    let data = libc::CMSG_DATA(control).cast::<RawFd>();
+                    let bytes = message.cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                    fds.extend(
+                        (0..bytes / size_of::<RawFd>())
+                            .map(|at| own(data.add(at).read_unaligned())),
+                    );
+                }
+                control = libc::CMSG_NXTHDR(&raw const header, control);
+            }
+        }
+        Ok((length, MsgFlags::from_bits_retain(header.msg_flags), fds))
     }
 
     /// Takes ownership of a descriptor the kernel has just given to this process.
@@ -235,6 +275,35 @@ mod tests {
         assert!(client.send(&sent, &too_many).await.is_err());
         drop(client);
         assert!(server.receive::<ToProxy>().await.unwrap().is_none());
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn descriptors_of_a_truncated_packet_are_closed() {
+        let dir = std::env::temp_dir().join(format!("warren-truncated-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("s");
+        let listener = Listener::bind(&path).unwrap();
+        let client = Connection::connect(&path).unwrap();
+        let server = listener.accept().await.unwrap();
+        // What a pipe's reader sees tells whether a copy of the writing end is open anywhere.
+        let (reader, writer) = io::pipe().unwrap();
+        let sent = ToProxy { id: 1, body: None };
+        let writers = [writer.as_fd(), writer.as_fd(), writer.as_fd()];
+        client.send(&sent, &writers).await.unwrap();
+        drop(writer);
+
+        let mut buffer = [0; 64];
+        let mut space = nix::cmsg_space!([RawFd; 1]);
+        let error = receive_into(server.fd.get_ref().as_fd(), &mut buffer, &mut space).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        nix::fcntl::fcntl(
+            &reader,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )
+        .unwrap();
+        // End of file: EAGAIN would mean that a descriptor was left open.
+        assert_eq!(nix::unistd::read(&reader, &mut [0; 1]), Ok(0));
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
