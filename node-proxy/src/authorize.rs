@@ -80,6 +80,29 @@ pub fn source(caller: &Workload, peer: &Identity) -> Result<(), ProxyError> {
     }
 }
 
+/// Judges a connection from one pod of this node to another, which no tunnel proves anything about: the same
+/// must hold as on the wire.
+///
+/// `published`: the table's entry for the called address; `served`: who is served there. `claimed`: the
+/// table's entry for the source address, which is not to be believed: a privileged pod may send from any.
+pub fn local(
+    published: &Workload,
+    served: &Identity,
+    claimed: Option<&Workload>,
+    caller: &Identity,
+    callers_own_address: bool,
+) -> Result<(), ProxyError> {
+    if published.identity != *served {
+        return Err(ProxyError::NotLocal);
+    }
+    match claimed {
+        // The table need not have heard yet that the address has passed to it.
+        _ if callers_own_address => Ok(()),
+        Some(claimed) => source(claimed, caller),
+        None => Err(ProxyError::UnknownSource),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use mesh_api::proto::mesh::TunnelKind;
@@ -179,5 +202,26 @@ mod tests {
         assert_eq!(source(&client, &client.identity.clone()), Ok(()));
         let other = workload("other", EnrolmentState::Enforced).identity;
         assert_eq!(source(&client, &other), Err(ProxyError::SourceMismatch));
+    }
+
+    #[test]
+    fn pods_of_one_node_are_judged_as_on_the_wire() {
+        let web = workload("web", EnrolmentState::Enforced);
+        let client = workload("client", EnrolmentState::Enforced);
+        let (web_is, client_is) = (web.identity.clone(), client.identity.clone());
+        let judge = |served, claimed, own| local(&web, served, claimed, &client_is, own);
+        assert_eq!(judge(&web_is, Some(&client), true), Ok(()));
+        assert_eq!(judge(&web_is, None, true), Ok(()));
+        assert_eq!(judge(&web_is, Some(&web), true), Ok(()), "a stale entry");
+        assert_eq!(
+            judge(&client_is, Some(&client), true),
+            Err(ProxyError::NotLocal),
+            "the address has passed to another identity"
+        );
+        assert_eq!(
+            judge(&web_is, Some(&web), false),
+            Err(ProxyError::SourceMismatch)
+        );
+        assert_eq!(judge(&web_is, None, false), Err(ProxyError::UnknownSource));
     }
 }

@@ -12,8 +12,9 @@ use mesh_api::names::PROXY_ERROR_HEADER;
 use tokio::net::TcpStream;
 use tokio::time::{Duration, Instant, timeout_at};
 
+use crate::authorize;
 use crate::balance::Pending;
-use crate::budget::Resource;
+use crate::budget::{Charge, Resource};
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
 use crate::pods::{CapturedGuard, Pod};
@@ -38,7 +39,7 @@ enum Route {
     Socket {
         delivered: Delivered,
         /// The callee's half, if it is in this process.
-        inbound: Option<Box<(Flow, CapturedGuard)>>,
+        inbound: Option<Box<(Flow, CapturedGuard, Charge)>>,
     },
 }
 
@@ -171,6 +172,11 @@ async fn to_address(
         Path::Local(workload, callee) => {
             flow.destination = party(&workload);
             flow.security = Security::MutualTls;
+            let source = flow.source_address.ip();
+            let claimed = context.table.workload(source);
+            let own = pod.info.load().addresses.contains(&source);
+            let (served, caller) = (&callee.identity, &pod.identity);
+            authorize::local(&workload, served, claimed.as_deref(), caller, own)?;
             to_local(context, flow, &callee, to).await
         }
         Path::Tunnel(workload, address) => {
@@ -232,11 +238,18 @@ async fn to_local(
     inbound.destination = flow.destination.clone();
     inbound.service = flow.service.clone();
     inbound.security = Security::MutualTls;
+    let charge = match callee.account.charge(Resource::Stream) {
+        Ok(charge) => charge,
+        Err(error) => {
+            inbound.fail(context, error);
+            return Err(error);
+        }
+    };
     let captured = callee.captured.enter();
     match deliver::to_app(callee, flow.source_address.ip(), to).await {
         Ok(delivered) => Ok(Route::Socket {
             delivered,
-            inbound: Some(Box::new((inbound, captured))),
+            inbound: Some(Box::new((inbound, captured, charge))),
         }),
         Err(error) => {
             inbound.fail(context, error);
