@@ -7,6 +7,8 @@
 //! ever waits for the disk; when the file has grown to twice what it holds, it is written anew and put
 //! in place by rename.
 //!
+//! A process that takes over from another begins a file of its own; the other then leaves the name alone.
+//!
 //! A file that ends within a record is the file of a proxy that died while writing: what precedes is
 //! used. Anything else that does not add up makes the whole file worthless: the proxy starts empty, and
 //! therefore accepts nothing until the controller has sent a table.
@@ -14,7 +16,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions, rename};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -146,9 +148,20 @@ impl Writer {
         }
         self.len += record.len() as u64;
         if self.len > self.compact_at {
-            *self = Self::create(self.path.clone(), &read(&self.path)?.into_responses())?;
+            if self.is_in_place()? {
+                *self = Self::create(self.path.clone(), &read(&self.path)?.into_responses())?;
+            } else {
+                // A newer process keeps the table; this one is about to end.
+                self.compact_at = u64::MAX;
+            }
         }
         Ok(())
+    }
+
+    /// Whether the file's name still leads to it.
+    fn is_in_place(&self) -> io::Result<bool> {
+        let (own, named) = (self.file.metadata()?, std::fs::metadata(&self.path)?);
+        Ok((own.dev(), own.ino()) == (named.dev(), named.ino()))
     }
 }
 

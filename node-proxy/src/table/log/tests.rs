@@ -143,3 +143,22 @@ fn the_file_does_not_grow_without_end() {
     assert!(size < 2 * SLACK, "{size}");
     assert_eq!(held(&path), [entry("pods", "b", &format!("{long}1999"))]);
 }
+
+#[test]
+fn a_process_that_is_replaced_leaves_the_successors_file_alone() {
+    let (_directory, path) = with_two_changes();
+    let (_, mut old) = Log::open(&path).unwrap();
+    let (_, mut new) = Log::open(&path).unwrap();
+    // More than twice what it holds: the old process would write its file anew.
+    let long = "x".repeat(64 * 1024);
+    for _ in 0..40 {
+        old.append(&change("pods", vec![resource("c", &long)], &[]));
+    }
+    drop(old);
+    new.append(&change("pods", vec![resource("d", "1")], &[]));
+    drop(new);
+    assert_eq!(
+        held(&path),
+        [entry("pods", "b", "2"), entry("pods", "d", "1")]
+    );
+}
