@@ -118,11 +118,10 @@ impl Session<'_> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                // In this order, so that Ready follows the acknowledgements of the pods it is about. Nothing above
+                // another is ready again and again, but for what the agent sends: that comes last.
+                biased;
                 error = &mut sending => return Err(error),
-                Some(received) = incoming.next() => match received? {
-                    Some((message, descriptors)) => self.handle(message, descriptors)?,
-                    None => return Err(SessionError::Closed),
-                },
                 Some((id, result)) = self.acks.next() => self.acknowledge(id, result)?,
                 Some(pod) = self.draining.next() => self.report_drained(&pod)?,
                 () = ended(&mut self.completion) => {
@@ -134,6 +133,10 @@ impl Session<'_> {
                 // Never fails: the broker holds the lifecycle.
                 _ = phase.changed() => self.say_ready()?,
                 _ = tick.tick() => self.broker.roster.tick(),
+                Some(received) = incoming.next() => match received? {
+                    Some((message, descriptors)) => self.handle(message, descriptors)?,
+                    None => return Err(SessionError::Closed),
+                },
             }
         }
     }
