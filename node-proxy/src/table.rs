@@ -168,13 +168,16 @@ impl Table {
         Some(Arc::clone(&found))
     }
 
-    /// As [`Table::workload`], waiting for the table to learn of the address.
+    /// As [`Table::workload`], waiting for the table to learn that the address is one of this identity's: it may
+    /// not be known yet, or as that of the pod that had it before.
     pub async fn wait_for_workload(
         &self,
         address: IpAddr,
+        identity: &Identity,
         limit: Duration,
     ) -> Option<Arc<Workload>> {
-        self.wait(limit, || self.workload(address)).await
+        let owner = || self.workload(address).filter(|w| w.identity == *identity);
+        self.wait(limit, owner).await
     }
 
     /// The Service port a destination stands for.

@@ -11,6 +11,7 @@ use h2::Reason;
 use http::HeaderMap;
 use mesh_api::errors::ProxyError;
 
+pub mod admission;
 pub mod dial;
 pub mod pool;
 pub mod relay;

@@ -25,10 +25,12 @@ use crate::connections::{Connection, Connections, Listed, Row};
 use crate::identity::Identities;
 use crate::memory;
 use crate::pods::{Host, Pod, Pods};
+use crate::process::descriptor_limit;
 use crate::table::Table;
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::budgets::Budgets;
+use crate::tunnel::admission::Handshakes;
 use crate::tunnel::pool::Pool;
 use crate::tunnel::tls::ServerConfigs;
 
@@ -69,6 +71,8 @@ pub struct Worker {
     pub context: Arc<Context>,
     /// Tunnels dialled by this worker.
     pub pool: Arc<Pool>,
+    /// Tunnels that are being accepted by any worker.
+    pub handshakes: Arc<Handshakes>,
     handle: Handle,
     tasks: TaskTracker,
     draining: watch::Receiver<bool>,
@@ -150,6 +154,7 @@ impl Workers {
             .register(|registry| registry.register_collector(Box::new(budgets)));
         let tasks = TaskTracker::new();
         let (draining, drain) = watch::channel(false);
+        let handshakes = Handshakes::new(descriptor_limit());
         let mut workers = Vec::new();
         let mut stop = Vec::new();
         for number in 0..count.max(1) {
@@ -159,6 +164,7 @@ impl Workers {
                     Arc::clone(&context.identities),
                     Arc::clone(&context.telemetry),
                 ),
+                handshakes: Arc::clone(&handshakes),
                 context: Arc::clone(&context),
                 handle: start_thread(number, stopping)?,
                 tasks: tasks.clone(),

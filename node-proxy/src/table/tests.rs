@@ -415,9 +415,10 @@ fn endpoints_come_from_all_slices_by_port_name() {
 async fn a_pod_that_is_not_known_yet_is_waited_for() {
     let table = table(true);
     let address = ip("10.0.0.1");
+    let web = Identity::new("cluster.local", "demo", "web").unwrap();
     assert!(
         table
-            .wait_for_workload(address, Duration::ZERO)
+            .wait_for_workload(address, &web, Duration::ZERO)
             .await
             .is_none()
     );
@@ -425,17 +426,25 @@ async fn a_pod_that_is_not_known_yet_is_waited_for() {
         let table = Arc::clone(&table);
         tokio::spawn(async move {
             table
-                .wait_for_workload(address, Duration::from_secs(20))
+                .wait_for_workload(address, &web, Duration::from_secs(20))
                 .await
         })
     };
     tokio::task::yield_now().await;
+    // The pod that had the address before.
+    let earlier = mesh::Workload {
+        service_account: "batch".into(),
+        ..workload("a", &["10.0.0.1"])
+    };
+    put(&table, Kind::Workload, &[update("a", &earlier)]);
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished());
     put(
         &table,
         Kind::Workload,
-        &[update("a", &workload("a", &["10.0.0.1"]))],
+        &[update("b", &workload("b", &["10.0.0.1"]))],
     );
-    assert_eq!(&*waiting.await.unwrap().unwrap().uid, "a");
+    assert_eq!(&*waiting.await.unwrap().unwrap().uid, "b");
 }
 
 fn asked_for(table: &Table) -> BTreeSet<String> {

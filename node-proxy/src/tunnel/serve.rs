@@ -19,17 +19,19 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::admission::Turn;
 use super::tls::{Kind, Peer, Refusal, peer, refusal, tls_refusal};
 use super::{
     CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, READ_AHEAD, SEND_BUFFER,
     STREAM_WINDOW, claimed_source,
 };
 use crate::authorize;
-use crate::budget::Resource;
+use crate::budget::{Charge, Resource};
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
 use crate::identity::LocalIdentity;
 use crate::pods::{CapturedGuard, Pod};
+use crate::tcp::reset_on_close;
 use crate::telemetry::{GaugeGuard, HandshakeLabels, Party, Reporter, Security, SideLabels};
 use crate::worker::Worker;
 
@@ -54,6 +56,8 @@ struct Tunnel {
     entrance: Entrance,
     local: Arc<LocalIdentity>,
     peer: Peer,
+    /// Generation of the roots that the peer was judged by.
+    trust: u64,
     address: SocketAddr,
 }
 
@@ -65,17 +69,26 @@ pub async fn serve(
     address: SocketAddr,
 ) {
     let telemetry = Arc::clone(&worker.context.telemetry);
-    let outcome = timeout(
-        HANDSHAKE_TIMEOUT,
-        Box::pin(handshake(&worker, &entrance, socket)),
-    )
-    .await;
-    let outcome = outcome.unwrap_or(Err(Refusal {
-        error: ProxyError::TunnelHandshake,
-        result: "handshake_timeout",
-    }));
+    let admitted = admit(&worker, &entrance, address);
+    let outcome = match &admitted {
+        Err(refusal) => {
+            reset_on_close(&socket);
+            drop(socket);
+            Err(*refusal)
+        }
+        Ok(_) => timeout(
+            HANDSHAKE_TIMEOUT,
+            Box::pin(handshake(&worker, &entrance, socket)),
+        )
+        .await
+        .unwrap_or(Err(Refusal {
+            error: ProxyError::TunnelHandshake,
+            result: "handshake_timeout",
+        })),
+    };
+    let _charge = admitted.ok().and_then(|(_turn, charge)| charge);
     let result = match &outcome {
-        Ok((_, _, peer)) if peer.resumed => "resumed",
+        Ok((_, _, peer, _)) if peer.resumed => "resumed",
         Ok(_) => "ok",
         Err(refusal) => refusal.result,
     };
@@ -87,10 +100,14 @@ pub async fn serve(
         })
         .inc();
     match outcome {
+        // As many as somebody likes: the metric counts them.
+        Err(refusal) if refusal.error == ProxyError::WorkloadLimit => {
+            tracing::debug!(peer = %address, reason = refusal.result, "tunnel refused: {}", refusal.error);
+        }
         Err(refusal) => {
             tracing::warn!(peer = %address, reason = refusal.result, "tunnel refused: {}", refusal.error);
         }
-        Ok((tls, local, peer)) => {
+        Ok((tls, local, peer, trust)) => {
             tracing::debug!(peer = %address, caller = %peer.identity, callee = %local.identity, result, "tunnel accepted");
             let open = telemetry
                 .tunnels
@@ -102,6 +119,7 @@ pub async fn serve(
                 entrance,
                 local,
                 peer,
+                trust,
                 address,
             });
             tunnel.run(tls).await;
@@ -109,7 +127,35 @@ pub async fn serve(
     }
 }
 
-type Accepted = (TlsStream<BufReader<TcpStream>>, Arc<LocalIdentity>, Peer);
+/// A place for the handshake and, at a pod's own entrance, one of the pod's connections: the node's listener is
+/// no pod's.
+fn admit(
+    worker: &Worker,
+    entrance: &Entrance,
+    address: SocketAddr,
+) -> Result<(Turn, Option<Charge>), Refusal> {
+    let full = |result| Refusal {
+        error: ProxyError::WorkloadLimit,
+        result,
+    };
+    let charge = match entrance {
+        Entrance::Node => None,
+        Entrance::Pod(pod) => {
+            let charge = pod.account.charge(Resource::Connection);
+            Some(charge.map_err(|_| full("workload_limit"))?)
+        }
+    };
+    let turn = worker.handshakes.begin(address.ip());
+    Ok((turn.ok_or(full("too_many_handshakes"))?, charge))
+}
+
+/// With the generation of the roots that the peer was judged by.
+type Accepted = (
+    TlsStream<BufReader<TcpStream>>,
+    Arc<LocalIdentity>,
+    Peer,
+    u64,
+);
 
 async fn handshake(
     worker: &Worker,
@@ -167,7 +213,7 @@ async fn handshake(
             result: "protocol",
         });
     }
-    Ok((tls, local, peer))
+    Ok((tls, local, peer, trust.generation))
 }
 
 impl Tunnel {
@@ -190,6 +236,8 @@ impl Tunnel {
         };
         let mut drain = self.worker.draining();
         let mut changed = self.worker.context.identities.changed();
+        // What the handshake went by may have been replaced before anybody listened for it.
+        changed.mark_changed();
         let mut leaving = false;
         let keepalive = async {
             let mut ticks = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
@@ -234,8 +282,13 @@ impl Tunnel {
     }
 
     fn is_stale(&self) -> bool {
-        let current = self.worker.context.identities.get(&self.local.identity);
-        current.is_none_or(|current| current.generation != self.local.generation)
+        let identities = &self.worker.context.identities;
+        let certificate = identities.get(&self.local.identity);
+        // A root that is trusted no more must not go on through the tunnels it opened.
+        certificate.is_none_or(|current| current.generation != self.local.generation)
+            || identities
+                .trust()
+                .is_none_or(|current| current.generation != self.trust)
     }
 
     fn spawn(self: &Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
@@ -342,6 +395,8 @@ impl Tunnel {
             .as_str()
             .parse()
             .map_err(|_| ProxyError::BadRequest)?;
+        // Pods are found by either form, and sockets are of the address's own family.
+        let target = SocketAddr::new(target.ip().to_canonical(), target.port());
         flow.destination_address = target;
         let claimed = claimed_source(request.headers())?;
         let pod = self.target(target, &self.local.identity)?;
@@ -352,20 +407,24 @@ impl Tunnel {
             (Entrance::Pod(_), None) => self.address.ip(),
         };
         flow.source_address = SocketAddr::new(source, 0);
-        match context.table.workload(source) {
-            Some(caller) => {
-                authorize::source(&caller, &self.peer.identity)?;
-                flow.source.workload = Some(Arc::clone(&caller.owner));
-            }
-            // Not a claim but where the packets come from: an HBONE peer outside the table.
-            None if matches!(self.entrance, Entrance::Pod(_))
-                && source == self.address.ip().to_canonical() => {}
-            None => {
-                let caller = context.table.wait_for_workload(source, SOURCE_WAIT).await;
+        // Not a claim but where the packets come from: an HBONE peer outside the table.
+        let comes_from_there =
+            matches!(self.entrance, Entrance::Pod(_)) && source == self.address.ip().to_canonical();
+        let caller = match context.table.workload(source) {
+            Some(caller) if authorize::source(&caller, &self.peer.identity).is_ok() => Some(caller),
+            None if comes_from_there => None,
+            // The pod, or that the address has passed to it, may be on its way here.
+            _ => {
+                let (table, identity) = (&context.table, &self.peer.identity);
+                let owner = table.wait_for_workload(source, identity, SOURCE_WAIT).await;
+                let caller = owner.or_else(|| table.workload(source));
                 let caller = caller.ok_or(ProxyError::UnknownSource)?;
-                authorize::source(&caller, &self.peer.identity)?;
-                flow.source.workload = Some(Arc::clone(&caller.owner));
+                authorize::source(&caller, identity)?;
+                Some(caller)
             }
+        };
+        if let Some(caller) = caller {
+            flow.source.workload = Some(Arc::clone(&caller.owner));
         }
         let charge = pod.account.charge(Resource::Stream)?;
         let captured = pod.captured.enter();
@@ -401,7 +460,7 @@ impl Tunnel {
 struct Admitted {
     pod: Arc<Pod>,
     delivered: Delivered,
-    charge: crate::budget::Charge,
+    charge: Charge,
     captured: CapturedGuard,
 }
 
