@@ -141,6 +141,7 @@ impl Pool {
 
     /// A place on a tunnel for `key`, dialled with a socket of `dialer` if there is none.
     pub async fn slot(self: &Arc<Self>, key: &Key, dialer: &Dialer) -> Result<Slot, ProxyError> {
+        let mut dial_again = true;
         // A tunnel that turns out to be closing costs another round.
         for _ in 0..4 {
             let tunnel = match self.step(key, dialer)? {
@@ -151,6 +152,12 @@ impl Pool {
                         .await
                         .map(|outcome| *outcome);
                     match ended {
+                        // It was answered by a process that was about to end: the next one is there.
+                        Ok(Some(Err(refusal)))
+                            if refusal.is_lost() && std::mem::take(&mut dial_again) =>
+                        {
+                            continue;
+                        }
                         Ok(Some(Err(refusal))) => return Err(refusal.error),
                         Ok(_) => continue,
                         Err(_dial_task_died) => return Err(ProxyError::Internal),

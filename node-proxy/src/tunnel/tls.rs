@@ -210,6 +210,13 @@ pub struct Refusal {
     pub result: &'static str,
 }
 
+impl Refusal {
+    /// Nobody refused anything: the peer's process ended meanwhile, as one does that a newer one has replaced.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.result, "connection_lost" | "closed")
+    }
+}
+
 /// Classifies the error of a handshake (rustls wraps its own in `io::Error`).
 pub fn refusal(error: &io::Error) -> Refusal {
     match error.get_ref().and_then(|e| e.downcast_ref::<Error>()) {
@@ -262,3 +269,6 @@ pub fn tls_refusal(error: &Error) -> Refusal {
     };
     Refusal { error, result }
 }
+
+#[cfg(test)]
+mod tests;
