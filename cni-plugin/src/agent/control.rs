@@ -13,6 +13,7 @@ use mesh_api::proto::Resource;
 use mesh_api::proto::control::enrolment_client::EnrolmentClient;
 use mesh_api::proto::control::{NodeReport, RegisterPodRequest};
 use mesh_api::proto::mesh::{MeshConfig, NodePod};
+use mesh_api::seqpacket::MAX_BYTES;
 use prost::Message;
 use tokio::sync::watch;
 use tonic::Code;
@@ -68,7 +69,10 @@ impl Control for Controller {
                 }
             })?;
             let pod = answer.into_inner().pod;
-            pod.ok_or_else(|| RegisterError::Refused("its answer holds no pod".into()))
+            let pod =
+                pod.ok_or_else(|| RegisterError::Refused("its answer holds no pod".into()))?;
+            fits(pod.encoded_len()).map_err(RegisterError::Refused)?;
+            Ok(pod)
         })
     }
 
@@ -130,7 +134,13 @@ impl delta::Sink for Sink {
         } in upserts
         {
             let taken = match type_url {
-                NodePod::TYPE_URL => NodePod::decode(value).map(|pod| self.node.pod_changed(pod)),
+                NodePod::TYPE_URL => {
+                    if let Err(error) = fits(value.len()) {
+                        errors.push(format!("{name}: {error}"));
+                        continue;
+                    }
+                    NodePod::decode(value).map(|pod| self.node.pod_changed(pod))
+                }
                 MeshConfig::TYPE_URL => MeshConfig::decode(value).map(|config| {
                     self.controller.set_trust_bundle(
                         config.trust_bundle.iter().map(|der| der.to_vec()).collect(),
@@ -145,17 +155,26 @@ impl delta::Sink for Sink {
                 Err(error) => errors.push(format!("{name}: {error}")),
             }
         }
+        // What a pod was that the controller no longer speaks of stays until the runtime deletes it.
         for name in removed {
             versions.remove(&name);
-            if type_url == NodePod::TYPE_URL {
-                self.node.pod_unknown(&name);
-            }
         }
         if errors.is_empty() {
             Ok(())
         } else {
             Err(errors.join("; "))
         }
+    }
+}
+
+/// A pod travels to the node proxies in one packet. One that does not fit must not end their connections, on which
+/// all other pods depend: what was said of it before stays.
+fn fits(length: usize) -> Result<(), String> {
+    match length {
+        0..=LONGEST_POD => Ok(()),
+        _ => Err(format!(
+            "the pod's record has {length} bytes, and a packet room for {LONGEST_POD}: are its annotations too long?"
+        )),
     }
 }
 
@@ -177,4 +196,6 @@ fn timed<T>(message: T) -> tonic::Request<T> {
     request
 }
 
+/// What is left of a packet beside the other fields of AddPod.
+const LONGEST_POD: usize = MAX_BYTES - 1024;
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);

@@ -92,7 +92,8 @@ impl Reporter {
     }
 }
 
-/// Addresses of all interfaces that are not loopback.
+/// Addresses of all interfaces that are not loopback. kube-proxy's IPVS mode puts every Service's address on an
+/// interface of its own, from which nothing is ever sent.
 fn interface_addresses() -> Vec<IpAddr> {
     let interfaces = match getifaddrs() {
         Ok(interfaces) => interfaces,
@@ -102,6 +103,7 @@ fn interface_addresses() -> Vec<IpAddr> {
         }
     };
     let mut addresses: Vec<IpAddr> = interfaces
+        .filter(|interface| interface.interface_name != "kube-ipvs0")
         .filter_map(|interface| {
             let address = interface.address?;
             match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
@@ -114,9 +116,19 @@ fn interface_addresses() -> Vec<IpAddr> {
         .collect();
     addresses.sort();
     addresses.dedup();
+    if addresses.len() > MOST_ADDRESSES {
+        let found = addresses.len();
+        tracing::warn!(
+            found,
+            "the node has too many addresses; probes from some of them are not known as such"
+        );
+        addresses.truncate(MOST_ADDRESSES);
+    }
     addresses
 }
 
+/// They travel to the proxies in one packet.
+const MOST_ADDRESSES: usize = 2048;
 /// Between attempts that failed.
 const PAUSE: Duration = Duration::from_secs(1);
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -104,6 +104,14 @@ fn list<T: Ord>(
     }
     values.sort();
     values.dedup();
+    if values.len() > MAX_ENTRIES {
+        let found = values.len();
+        mistakes.push(FieldMistake {
+            key,
+            message: format!("expected at most {MAX_ENTRIES} entries, found {found}"),
+        });
+        values.truncate(MAX_ENTRIES);
+    }
     values
 }
 
@@ -123,3 +131,7 @@ fn cidr(entry: &str) -> Result<IpNet, String> {
             format!("expected networks such as 10.0.0.0/8, comma-separated; found {entry:?}")
         })
 }
+
+/// Entries of one annotation that count. What a pod says must fit the packets of its node, with room: a pod
+/// whose record does not would be no one's to serve.
+const MAX_ENTRIES: usize = 128;

@@ -30,6 +30,8 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
     /// Its label, or its namespace's, says enabled.
     pub opted_in: bool,
+    /// Its namespace's label says enabled, whatever its own says.
+    pub namespace_opted_in: bool,
     /// It terminates HBONE itself and is not captured.
     pub hbone: bool,
     /// Whether plaintext from un-meshed callers is accepted.
@@ -111,6 +113,7 @@ pub(super) fn build(
         node,
         addresses,
         opted_in,
+        namespace_opted_in: defaults.opted_in,
         hbone,
         exclusions,
         probes,
@@ -198,7 +201,15 @@ fn probes(spec: &k8s::PodSpec) -> (Vec<Probe>, Vec<ProbeMistake>) {
         for (index, container) in containers.iter().enumerate() {
             for (field, handler) in handlers(container) {
                 match handler.read(container) {
-                    Ok(Some(probe)) if !found.contains(&probe) => found.push(probe),
+                    Ok(Some(probe)) if !found.contains(&probe) => match found.len() {
+                        MAX_PROBES => mistakes.push(ProbeMistake {
+                            list,
+                            index,
+                            field,
+                            message: format!("expected at most {MAX_PROBES} different probes"),
+                        }),
+                        _ => found.push(probe),
+                    },
                     Ok(_) => {}
                     Err(message) => mistakes.push(ProbeMistake {
                         list,
@@ -270,6 +281,7 @@ impl Handler<'_> {
                 path if path.starts_with('/') => path.to_owned(),
                 path => format!("/{path}"),
             };
+            short("path", &path)?;
             let get = probe::HttpGet { path };
             (
                 port_of(&http.port, container)?,
@@ -283,6 +295,7 @@ impl Handler<'_> {
             (port_of(&tcp.port, container)?, handler)
         } else if let Some(grpc) = self.grpc {
             let service = grpc.service.clone().unwrap_or_default();
+            short("service", &service)?;
             let port = port_of(&IntOrString::Int(grpc.port), container)?;
             (port, probe::Handler::Grpc(probe::Grpc { service }))
         } else {
@@ -292,6 +305,15 @@ impl Handler<'_> {
             port: port.into(),
             handler: Some(handler),
         }))
+    }
+}
+
+fn short(field: &str, text: &str) -> Result<(), String> {
+    match text.len() {
+        0..=MAX_PROBE_TEXT => Ok(()),
+        length => Err(format!(
+            "{field}: expected at most {MAX_PROBE_TEXT} bytes, found {length}"
+        )),
     }
 }
 
@@ -312,3 +334,7 @@ fn port_of(port: &IntOrString, container: &k8s::Container) -> Result<u16, String
         .filter(|p| *p > 0)
         .ok_or_else(|| format!("expected a port from 1 to 65535, found {number}"))
 }
+
+/// Probes that count, and what each may say: a pod's record must fit the packets of its node.
+const MAX_PROBES: usize = 64;
+const MAX_PROBE_TEXT: usize = 512;

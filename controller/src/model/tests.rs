@@ -121,3 +121,49 @@ fn a_pod_that_cannot_have_an_identity_is_left_out_aloud() {
     assert!(model.pods.is_empty());
     assert!(model.warnings[0].starts_with("Pod demo/web: is left out of the mesh: identity"));
 }
+
+#[test]
+fn what_a_pod_says_fits_the_packets_of_its_node() {
+    use prost::Message as _;
+    let cidrs: Vec<String> = (0..10_000)
+        .map(|n| {
+            format!(
+                "fd00:1234:5678:9abc:def0:1234:{:x}:{:x}/128",
+                n / 256,
+                n % 256
+            )
+        })
+        .collect();
+    let ports: Vec<String> = (1..=65_535).map(|n: u32| n.to_string()).collect();
+    let probe = |n: usize| {
+        let path = "x".repeat(if n == 0 { 600 } else { 500 });
+        format!(
+            "{{name: c{n}, livenessProbe: {{httpGet: {{port: {}, path: /{path}}}}}}}",
+            n + 1
+        )
+    };
+    let containers: Vec<String> = (0..100).map(probe).collect();
+    let pod = POD
+        .replace(
+            "uid: u",
+            &format!(
+                "uid: u, annotations: {{warren-mesh.io/exclude-outbound-cidrs: '{}', \
+                 warren-mesh.io/exclude-inbound-ports: '{1}', \
+                 warren-mesh.io/exclude-outbound-ports: '{1}'}}",
+                cidrs.join(","),
+                ports.join(",")
+            ),
+        )
+        .replace("{name: c}", &containers.join(", "));
+    let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
+    let size = crate::resources::node_pod_of(&model.pods["u"], None).encoded_len();
+    assert!(size < mesh_api::seqpacket::MAX_BYTES * 3 / 4, "{size}");
+    let said = |text: &str| {
+        let told = model.warnings.iter().any(|warning| warning.contains(text));
+        assert!(told, "{text}: {:?}", model.warnings);
+    };
+    said("exclude-outbound-cidrs: expected at most 128 entries, found 10000");
+    said("exclude-inbound-ports: expected at most 128 entries, found 65535");
+    said("spec.containers[0].livenessProbe: path: expected at most 512 bytes, found 601");
+    said("spec.containers[65].livenessProbe: expected at most 64 different probes");
+}
