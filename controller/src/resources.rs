@@ -197,6 +197,7 @@ fn node_pod(pod: &Pod, addresses: Vec<Bytes>, enrolled: bool) -> NodePod {
         probes: pod.probes.clone(),
         owner: pod.owner.clone(),
         zone: String::new(),
+        namespace_opted_in: pod.namespace_opted_in,
     }
 }
 

@@ -141,6 +141,7 @@ impl PodInfo {
             probes,
             owner,
             zone: _,
+            namespace_opted_in: _,
         } = pod;
         for (field, value) in [("uid", uid), ("namespace", namespace), ("name", name)] {
             if value.is_empty() {

@@ -31,8 +31,6 @@ pub struct Node {
     tools: Tools,
     exclude_namespaces: HashSet<String>,
     pods: Mutex<HashMap<String, Pod>>,
-    /// The controller's last word on this node's pods, added or not.
-    known: Mutex<HashMap<String, NodePod>>,
     /// Which namespaces opted in; outlives the controller's absence.
     namespaces: Mutex<BTreeMap<String, bool>>,
     leaving: AtomicBool,
@@ -73,7 +71,6 @@ impl Node {
             tools,
             exclude_namespaces: exclude_namespaces.iter().cloned().collect(),
             pods: Mutex::new(pods),
-            known: Mutex::default(),
             namespaces: Mutex::new(store.namespaces()?),
             leaving: AtomicBool::new(false),
             reporter: Reporter::default(),
@@ -248,11 +245,6 @@ impl Node {
         }
     }
 
-    /// The controller no longer speaks of a pod. What it was stays until the runtime deletes it.
-    pub fn pod_unknown(&self, uid: &str) {
-        self.known.lock().remove(uid);
-    }
-
     /// Takes every pod out of the mesh. True: none is left; false: the deadline came first, and what
     /// was left is cut.
     pub async fn leave(&self, deadline: Instant) -> bool {
@@ -394,14 +386,9 @@ impl Node {
         }
     }
 
-    /// Remembers which namespaces opted in: those with an enrolled pod here.
+    /// Remembers which namespaces opted in.
     fn learn(&self, word: &NodePod) {
-        let opted_in = {
-            let mut known = self.known.lock();
-            known.insert(word.uid.clone(), word.clone());
-            let of_namespace = |pod: &&NodePod| pod.namespace == word.namespace;
-            known.values().filter(of_namespace).any(|pod| pod.enrolled)
-        };
+        let opted_in = word.namespace_opted_in;
         let mut namespaces = self.namespaces.lock();
         if namespaces.insert(word.namespace.clone(), opted_in) != Some(opted_in)
             && let Err(error) = self.tools.store.put_namespaces(&namespaces)
@@ -455,7 +442,6 @@ impl Node {
             return;
         }
         tracing::info!(uid, why, "pod: forgotten");
-        self.known.lock().remove(uid);
         self.tools.broker.forget(uid);
         if let Err(error) = self.tools.store.remove(uid) {
             tracing::warn!(%error, "pod: its record stays");

@@ -45,6 +45,7 @@ impl FakeController {
             name: uid.into(),
             service_account: "default".into(),
             enrolled,
+            namespace_opted_in: true,
             ..NodePod::default()
         };
         self.set(pod.clone());

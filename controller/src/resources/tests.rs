@@ -156,9 +156,10 @@ fn render(model: &Model, snapshot: &Snapshot) -> String {
             .unwrap();
             writeln!(
                 text,
-                "  enrolled={} {:?} at {}",
+                "  enrolled={} {:?} namespace={} at {}",
                 p.enrolled,
                 p.mode(),
+                p.namespace_opted_in,
                 ips(&p.addresses)
             )
             .unwrap();

@@ -28,6 +28,7 @@ fn record() -> NodePod {
         ],
         owner: String::new(),
         zone: String::new(),
+        namespace_opted_in: false,
     }
 }
 
