@@ -117,8 +117,11 @@ fn gc(input: &[u8]) -> Result<String, CniError> {
 }
 
 fn status(input: &[u8]) -> Result<String, CniError> {
-    let config =
-        NetworkConfig::parse(input).map_err(|error| error.with_code(Code::NotAvailable))?;
+    let config = NetworkConfig::parse(input).map_err(|error| match error.code() {
+        // A version that is not spoken is that, whatever the verb.
+        version if version == Code::Version as u32 => error,
+        _ => error.with_code(Code::NotAvailable),
+    })?;
     config.requires("STATUS", "1.1.0")?;
     Ok(String::new())
 }

@@ -3,7 +3,7 @@
 //!
 //! Other programs own those files and rewrite them when they like; inotify tells, and a look every
 //! 10 seconds catches what it misses. Files are replaced by rename and keep mode and owner. Nobody
-//! else's entry, field or order is changed. A single plugin's `.conf` becomes a `.conflist`; the
+//! else's entry, field or order is changed. A symbolic link is followed. A single plugin's `.conf` becomes a `.conflist`; the
 //! original is kept beside it and put back on removal.
 
 use std::ffi::OsStr;
@@ -300,9 +300,11 @@ fn saved(file: &Path) -> PathBuf {
     name.into()
 }
 
-/// Writes `file` with the mode and owner of `model`.
+/// Writes `file` with the mode and owner of `model`. A link stays one: what it leads to is replaced.
 fn replace(file: &Path, config: &Value, model: &Path) -> io::Result<()> {
     let model = fs::metadata(model).map_err(|e| at(model, e))?;
+    let target = fs::canonicalize(file).unwrap_or_else(|_missing| file.to_owned());
+    let file = target.as_path();
     let mut text = serde_json::to_vec_pretty(config)?;
     text.push(b'\n');
     let owner = (model.uid(), model.gid());

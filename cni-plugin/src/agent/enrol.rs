@@ -13,9 +13,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_api::names::{INBOUND_PORT, OUTBOUND_PORT, TUNNEL_PORT};
 use mesh_api::proto::control::PodState;
 use mesh_api::proto::mesh::NodePod;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use super::broker::{Broker, Listeners};
 use super::netns::Netns;
@@ -279,6 +281,7 @@ impl Task {
             return Ok(broker.serve(&self.netns, pod.clone(), Some(Arc::clone(listeners))));
         }
         broker.serve_unless_adopted(&self.netns, pod);
+        let patience = Instant::now() + GIVEN_BACK;
         let listeners = loop {
             match broker.open_listeners(&self.netns).await {
                 Ok(listeners) => break listeners,
@@ -287,6 +290,9 @@ impl Task {
                     let adopted = tokio::time::timeout(super::RETRY, broker.adopted(&pod.uid));
                     if let Ok(listeners) = unless_changed(&mut self.wishes, adopted).await? {
                         break listeners;
+                    }
+                    if Instant::now() >= patience {
+                        return Err(Stop::Failed(ports_taken()));
                     }
                 }
                 Err(error) => return Err(error.into()),
@@ -362,6 +368,14 @@ impl Task {
     }
 }
 
+/// No proxy has given listeners back, so somebody else has the ports.
+fn ports_taken() -> io::Error {
+    io::Error::other(format!(
+        "a process of the pod listens on port {OUTBOUND_PORT}, {INBOUND_PORT} or {TUNNEL_PORT}, which the mesh \
+         needs, or a node proxy does not give its listeners back"
+    ))
+}
+
 async fn unless_changed<T>(
     wishes: &mut watch::Receiver<Wanted>,
     work: impl Future<Output = T>,
@@ -374,6 +388,8 @@ async fn unless_changed<T>(
 }
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longer than a proxy needs to come back and offer what it holds.
+const GIVEN_BACK: Duration = Duration::from_secs(6);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Longer than a handshake takes inside a cluster.
 const HANDSHAKE: Duration = Duration::from_secs(1);

@@ -7,6 +7,8 @@
 //!
 //! - Only the first packet of a new connection is translated. Without the match on SYN the next packet
 //!   of a connection that was open before would be translated, and the connection reset.
+//! - Inbound is what is addressed to the pod itself. What it forwards (containers inside the pod) is not, and
+//!   a neighbour's packet for a foreign address must not become a connection of the proxy.
 //! - Deleting the last translating rule of a namespace takes connection tracking away from it and cuts
 //!   the connections that are being redirected. On un-enrolment the rules are first swapped for ones
 //!   that match nothing ([`Ruleset::released`]) and removed when the last of them has ended.
@@ -82,6 +84,7 @@ impl Ruleset {
                 format!(
                     "iifname \"lo\" return\n\
                      meta mark {mark} return\n\
+                     fib daddr type != local return\n\
                      {}{first} redirect to :{INBOUND_PORT}\n",
                     ports(&exclusions.inbound),
                 ),
@@ -294,7 +297,8 @@ fn add_routing() -> io::Result<()> {
 }
 
 fn has_routing_rule(family: &str) -> io::Result<bool> {
-    let rules = run("ip", &[family, "rule", "show"], "")?;
+    // Numbers: /etc/iproute2/rt_tables may have a name for the table.
+    let rules = run("ip", &["-N", family, "rule", "show"], "")?;
     let ours = format!("fwmark {DELIVERED_MARK:#x} lookup {ROUTE_TABLE}");
     Ok(rules.lines().any(|line| line.trim_end().ends_with(&ours)))
 }

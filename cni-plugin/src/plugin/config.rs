@@ -133,8 +133,9 @@ struct Wire {
     exclude_namespaces: Vec<String>,
     #[serde(default)]
     prev_result: Option<Box<RawValue>>,
+    /// `null`, which is how Go writes an empty list, where no attachment is left.
     #[serde(rename = "cni.dev/valid-attachments", default)]
-    valid_attachments: Vec<ValidAttachment>,
+    valid_attachments: Option<Vec<ValidAttachment>>,
 }
 
 #[derive(Deserialize)]
@@ -174,7 +175,7 @@ impl NetworkConfig {
             exclude_namespaces: wire.exclude_namespaces,
             // `null` is how some runtimes write "none".
             previous: wire.prev_result.filter(|raw| raw.get() != "null"),
-            valid_containers: (wire.valid_attachments.into_iter())
+            valid_containers: (wire.valid_attachments.into_iter().flatten())
                 .map(|attachment| attachment.container_id)
                 .collect(),
         })

@@ -106,6 +106,7 @@ fn bad_invocations_name_their_error() {
     assert_eq!(code("CHECK", &with_previous("0.3.1")), 1);
     assert_eq!(code("GC", &config("1.0.0", "")), 1);
     assert_eq!(code("STATUS", &config("1.0.0", "")), 1);
+    assert_eq!(code("STATUS", &config("2.0.0", "")), 1);
     assert_eq!(code("FLY", &config("1.0.0", "")), 4);
     let mut no_netns = environment("ADD");
     no_netns.netns.clear();
@@ -134,6 +135,8 @@ fn only_add_fails_closed() {
         r#","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]"#,
     );
     assert_eq!(run(&environment("GC"), &gc).unwrap(), "");
+    let none_left = config("1.1.0", r#","cni.dev/valid-attachments":null"#);
+    assert_eq!(run(&environment("GC"), &none_left).unwrap(), "");
     assert_eq!(
         run(&environment("STATUS"), &config("1.1.0", "")).unwrap(),
         ""

@@ -195,3 +195,25 @@ async fn a_rewritten_file_is_repaired_at_once() {
     }
     keeper.abort();
 }
+
+#[test]
+fn a_symbolic_link_stays_one() {
+    let node = Node::new();
+    let elsewhere = node.directory.path().join("elsewhere.json");
+    fs::write(&elsewhere, LIST).unwrap();
+    fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o604)).unwrap();
+    let file = node.file("10-net.conflist");
+    std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+
+    assert_eq!(node.chain.ensure().unwrap(), Ensured::In(file.clone()));
+    assert!(fs::symlink_metadata(&file).unwrap().is_symlink());
+    assert_eq!(node.read("10-net.conflist")["plugins"][2]["type"], PLUGIN);
+    assert_eq!(fs::metadata(&elsewhere).unwrap().mode() & 0o777, 0o604);
+    node.chain.remove().unwrap();
+    assert!(fs::symlink_metadata(&file).unwrap().is_symlink());
+    assert_eq!(
+        node.read("10-net.conflist"),
+        serde_json::from_str::<Value>(LIST).unwrap()
+    );
+    assert_eq!(node.names(), ["10-net.conflist"], "no file is left over");
+}

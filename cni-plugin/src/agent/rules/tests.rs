@@ -29,7 +29,8 @@ fn exclusions_come_before_the_redirect() {
         tcp dport { 5432 } return\n\
         tcp flags & (syn | ack | rst | fin) == syn redirect to :15001\n";
     assert!(text.contains(outbound), "{text}");
-    let inbound = "tcp dport { 22, 9090, 15008 } return\n\
+    let inbound = "fib daddr type != local return\n\
+        tcp dport { 22, 9090, 15008 } return\n\
         tcp flags & (syn | ack | rst | fin) == syn redirect to :15006\n";
     assert!(text.contains(inbound), "{text}");
     assert!(!text.contains("udp"));
