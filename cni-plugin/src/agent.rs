@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mesh_api::client::{ClientConfig, Controller};
 use mesh_api::identity::NodeRole;
-use mesh_api::proto::cni::{Request, Response, Uninstall, request::Body};
+use mesh_api::proto::cni::{Request, Response, Status, Uninstall, request::Body};
 use mesh_api::seqpacket::Connection;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -92,6 +92,42 @@ pub fn uninstall(config: &Path, deadline: Duration) -> Result<(), Error> {
             Err("captured connections did not end by the deadline; they were cut".into())
         }
     })
+}
+
+/// `warren-cni status`: prints what the agent says of itself. Fails if it is away or not ready, so that it can be
+/// a readiness probe.
+pub fn status(config: &Path) -> Result<(), Error> {
+    let config: AgentConfig = mesh_api::config::load(config)?;
+    let report = runtime()?.block_on(status_of(&config.cni_socket))?;
+    println!("{report:#}");
+    match report["ready"] == true {
+        true => Ok(()),
+        false => Err("not ready: no node proxy is ready".into()),
+    }
+}
+
+/// Asks the agent behind this socket.
+pub async fn status_of(socket: &Path) -> Result<serde_json::Value, Error> {
+    let away = |error: std::io::Error| -> Error {
+        let socket = socket.display();
+        format!("the agent does not answer at {socket}: {error}; is it running?").into()
+    };
+    let ask = async {
+        let connection = Connection::connect(socket)?;
+        let request = Request {
+            body: Some(Body::Status(Status {})),
+        };
+        connection.send(&request, &[]).await?;
+        match connection.receive::<Response>().await? {
+            Some((response, _)) => Ok(response.report),
+            None => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
+        }
+    };
+    let answer = tokio::time::timeout(STATUS_PATIENCE, ask)
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(away)?;
+    Ok(serde_json::from_str(&answer)?)
 }
 
 /// A running agent. Its tasks end with it.
@@ -262,5 +298,7 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// It answers at once, from memory.
+const STATUS_PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts at what another process must make possible.
 const RETRY: Duration = Duration::from_millis(200);

@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     }
     let result = match Arguments::parse().command {
         Command::Agent { config } => agent::main(&config),
+        Command::Status { config } => agent::status(&config),
         Command::Uninstall { config, deadline } => {
             agent::uninstall(&config, Duration::from_secs(deadline))
         }
@@ -40,6 +41,12 @@ enum Command {
     /// Run the node agent.
     Agent {
         /// Configuration file (docs/reference/cni.md).
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Print the state of the agent that runs here, as JSON. Exits with 1 if there is none or it is not ready.
+    Status {
+        /// The agent's configuration file.
         #[arg(long)]
         config: PathBuf,
     },

@@ -21,6 +21,7 @@ use support::runtime::{Network, addresses};
 use support::{RunningAgent, World, eventually, on_a_node, phase};
 use warren_cni::agent::config::AgentConfig;
 use warren_cni::agent::record::Phase;
+use warren_cni::agent::status_of;
 
 /// Agent, proxy and controller of one node, ready.
 struct Mesh {
@@ -173,6 +174,69 @@ fn new_connections_of_a_meshed_pod_are_captured_and_delivered_transparently() {
             assert_eq!(left, Vec::<String>::new(), "before: {before}");
         },
     );
+}
+
+#[test]
+fn what_a_pod_forwards_is_not_captured() {
+    on_a_node("what_a_pod_forwards_is_not_captured", |world| {
+        let Mesh {
+            controller,
+            agent: _agent,
+            proxy,
+            config: _,
+        } = mesh(&world);
+        let network = Network::new(&world, "bridge", "1.0.0");
+        controller.pod("web", true);
+        controller.pod("client", false);
+        let (web, client) = (world.sandbox("web"), world.sandbox("client"));
+        let web_address = addresses(&network.add(&web, "web").unwrap())[0];
+        let client_address = addresses(&network.add(&client, "client").unwrap())[0];
+        // A container inside the pod, with an address of its own.
+        let inner = world.sandbox("inner");
+        let veth = ["type", "veth", "peer", "name", "eth0", "netns"];
+        web.exec(
+            "ip",
+            &[&["link", "add", "in0"][..], &veth, &[&inner.name]].concat(),
+        );
+        web.exec("ip", &["addr", "add", "198.51.100.1/24", "dev", "in0"]);
+        web.exec("ip", &["link", "set", "in0", "up"]);
+        inner.exec("ip", &["addr", "add", "198.51.100.2/24", "dev", "eth0"]);
+        inner.exec("ip", &["link", "set", "eth0", "up"]);
+        inner.exec("ip", &["route", "add", "default", "via", "198.51.100.1"]);
+        web.exec("sh", &["-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]);
+        let via = web_address.to_string();
+        client.exec("ip", &["route", "add", "198.51.100.0/24", "via", &via]);
+
+        serve(&inner, 8080);
+        let mut call = Call::open(&client, "198.51.100.2:8080".parse().unwrap()).unwrap();
+        assert_eq!(call.seen, client_address);
+        assert!(call.works());
+        assert_eq!(proxy.accepted().len(), 0, "it is no connection to the pod");
+        // One to the pod itself is.
+        serve(&web, 8080);
+        let mut call = Call::open(&client, SocketAddr::new(web_address, 8080)).unwrap();
+        assert!(call.works());
+        assert_eq!(proxy.accepted().len(), 1);
+    });
+}
+
+#[test]
+fn a_pod_that_holds_a_port_of_the_mesh_is_told_so() {
+    on_a_node("a_pod_that_holds_a_port_of_the_mesh_is_told_so", |world| {
+        let Mesh {
+            controller,
+            agent: _agent,
+            proxy: _proxy,
+            config: _,
+        } = mesh(&world);
+        let network = Network::new(&world, "bridge", "1.0.0");
+        controller.pod("web", true);
+        let web = world.sandbox("web");
+        serve(&web, 15006);
+        let error = network.add(&web, "web").unwrap_err();
+        assert_eq!(error.code, 11);
+        assert!(error.text.contains("listens on port"), "{}", error.text);
+    });
 }
 
 #[test]
@@ -531,24 +595,35 @@ fn add_fails_closed_and_nothing_else_does() {
         assert!(error.text.contains("no certificate"), "{}", error.text);
         proxy.refuse(None);
 
-        // The controller away: pods of namespaces that are known not to have opted in start.
+        // The controller away: pods of namespaces that are known not to have opted in start. A pod that opted out
+        // says nothing about its namespace.
+        let (plain, later) = (world.sandbox("plain"), world.sandbox("later"));
+        let opted_out = controller.pod("plain", false);
+        network.add(&plain, "plain").unwrap();
+        network.delete(&web, "web", None);
+        agent.says(opted_out.clone());
         controller.go_away(true);
         assert_eq!(network.add(&web, "web").unwrap_err().code, 11, "opted in");
         controller.go_away(false);
-        let (plain, later) = (world.sandbox("plain"), world.sandbox("later"));
-        controller.pod("plain", false);
-        network.add(&plain, "plain").unwrap();
-        network.delete(&web, "web", None);
         agent.says(NodePod {
-            uid: "web".into(),
-            namespace: "demo".into(),
-            ..NodePod::default()
+            namespace_opted_in: false,
+            ..opted_out
         });
         controller.go_away(true);
         agent.kill();
         let _agent = RunningAgent::start(&config, &controller);
         network.add(&later, "later").unwrap();
         assert_eq!(phase(&config, "later"), Some(Phase::Direct));
+        let status = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(status_of(&config.cni_socket))
+            .unwrap();
+        assert_eq!(status["controllerConnected"], false);
+        assert_eq!(status["pods"]["direct"], 2, "{status:#}");
+        assert_eq!(status["unsettled"][0]["name"], "later", "{status:#}");
+        assert_eq!(status["unsettled"][0]["registered"], false);
         // It joins when the controller is back and says so.
         controller.pod("later", true);
         controller.go_away(false);
@@ -567,6 +642,25 @@ fn add_fails_closed_and_nothing_else_does() {
             .unwrap();
         assert_eq!(phase(&config, "plain"), None);
         assert_eq!(phase(&config, "later"), Some(Phase::Enrolled));
+        // As a readiness probe.
+        let file = world.directory.join("agent.yaml");
+        let text = format!(
+            "node: node-1\nnodeAddresses: [192.0.2.11]\ncniSocket: {}\n\
+             controller: {{address: 'c:15012', trustBundle: /x, tokenFile: /x}}\n",
+            config.cni_socket.display()
+        );
+        std::fs::write(&file, text).unwrap();
+        let is_ready = || {
+            let output = std::process::Command::new(env!("CARGO_BIN_EXE_warren-cni"))
+                .args(["status", "--config"])
+                .arg(&file)
+                .output()
+                .unwrap();
+            output.status.success()
+        };
+        eventually("ready", is_ready);
+        drop(proxy);
+        eventually("not ready without a proxy", || !is_ready());
     });
 }
 

@@ -25,7 +25,7 @@ use mesh_api::proto::broker::Listener;
 use mesh_api::proto::mesh::NodePod;
 use mesh_api::seqpacket;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::netns::{Netns, NetnsId};
@@ -36,6 +36,8 @@ mod connection;
 
 /// Connections of proxies that are served at once: an old and a new one, and a few that are going.
 pub const MAX_PROXIES: usize = 8;
+/// Those that have not said Hello yet included.
+const MAX_CONNECTIONS: usize = 2 * MAX_PROXIES;
 /// Longer than a proxy waits between two attempts to connect.
 const SETTLE: Duration = Duration::from_secs(3);
 
@@ -147,10 +149,26 @@ impl Broker {
         let listener = seqpacket::Listener::bind(socket)?;
         std::os::unix::fs::chown(socket, Some(proxy_uid), None)?;
         std::fs::set_permissions(socket, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
-            let connection = listener.accept().await?;
+            // Never closed. Who finds no place waits in the socket's queue.
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                return Ok(());
+            };
+            let connection = match listener.accept().await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    // Out of descriptors, most likely, which passes. The agent must not end for it.
+                    tracing::error!(%error, "broker: a connection cannot be accepted");
+                    tokio::time::sleep(super::RETRY).await;
+                    continue;
+                }
+            };
             let broker = Arc::clone(&self);
-            tokio::spawn(async move { connection::serve(&broker, connection, proxy_uid).await });
+            tokio::spawn(async move {
+                connection::serve(&broker, connection, proxy_uid).await;
+                drop(place);
+            });
         }
     }
 
@@ -255,6 +273,23 @@ impl Broker {
     /// A proxy is ready.
     pub fn is_ready(&self) -> bool {
         self.state.lock().any_ready()
+    }
+
+    /// The connected proxies, the oldest first.
+    pub fn proxies(&self) -> serde_json::Value {
+        let state = self.state.lock();
+        let mut proxies: Vec<&Proxy> = state.proxies.values().collect();
+        proxies.sort_by_key(|proxy| proxy.age);
+        let row = |proxy: &&Proxy| {
+            let served = proxy.served.values().filter(|(_, result)| result.is_ok());
+            serde_json::json!({
+                "instance": state.instances.get(proxy.age),
+                "ready": proxy.ready,
+                "draining": proxy.drain,
+                "pods": served.count(),
+            })
+        };
+        proxies.iter().map(row).collect()
     }
 
     /// Follows every change.

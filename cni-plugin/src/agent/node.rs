@@ -315,6 +315,44 @@ impl Node {
         }
     }
 
+    /// The state of the agent, for people and scripts.
+    pub fn status(&self) -> serde_json::Value {
+        let pods = self.pods.lock();
+        let (mut direct, mut enrolled, mut leaving) = (0, 0, 0);
+        let mut unsettled = Vec::new();
+        for (uid, pod) in &*pods {
+            let status = pod.status().borrow().clone();
+            let record = &status.record;
+            match record.phase {
+                Phase::Direct => direct += 1,
+                Phase::Enrolled => enrolled += 1,
+                Phase::Leaving => leaving += 1,
+            }
+            if status.done.is_none() || status.done != record.pod {
+                unsettled.push(serde_json::json!({
+                    "uid": uid,
+                    "namespace": record.namespace,
+                    "name": record.name,
+                    "registered": record.registered,
+                    "phase": record.phase,
+                    "failed": status.failed,
+                    "reason": status.reason,
+                }));
+            }
+        }
+        // One packet has room for these and not for any number.
+        unsettled.truncate(STATUS_PODS);
+        serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "ready": self.tools.broker.is_ready(),
+            "controllerConnected": *self.control.connected().borrow(),
+            "leavingTheMesh": self.leaving.load(Ordering::Relaxed),
+            "proxies": self.tools.broker.proxies(),
+            "pods": {"direct": direct, "enrolled": enrolled, "leaving": leaving},
+            "unsettled": unsettled,
+        })
+    }
+
     /// The seam to the controller.
     pub(super) fn control(&self) -> &dyn Control {
         &*self.control
@@ -485,5 +523,7 @@ fn request(record: &PodRecord) -> RegisterPodRequest {
 
 /// What ADD may take; the plugin waits a second longer.
 const ADD_BOUND: Duration = Duration::from_secs(9);
+/// Pods that a status names.
+const STATUS_PODS: usize = 50;
 const REGISTER_INTERVAL: Duration = Duration::from_secs(5);
 const COLLECT_INTERVAL: Duration = Duration::from_secs(30);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_api::proto::cni::{Check, Del, Gc, Request, Response, Uninstall, request::Body};
+use mesh_api::proto::cni::{Check, Del, Gc, Request, Response, Status, Uninstall, request::Body};
 use mesh_api::seqpacket::{Connection, Listener};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
@@ -25,7 +25,15 @@ pub(super) async fn listen(
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let connection = listener.accept().await?;
+        let connection = match listener.accept().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                // Out of descriptors, most likely, which passes; whoever asks waits in the queue.
+                tracing::error!(%error, "CNI: a request cannot be accepted");
+                tokio::time::sleep(super::RETRY).await;
+                continue;
+            }
+        };
         // Never closed. Who finds no slot waits in the socket's queue.
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
             return Ok(());
@@ -57,6 +65,13 @@ async fn serve(
     let Some((request, fds)) = received.await.map_err(|_| io::ErrorKind::TimedOut)?? else {
         return Ok(());
     };
+    if let Some(Body::Status(Status {})) = request.body {
+        let response = Response {
+            report: node.status().to_string(),
+            ..Response::default()
+        };
+        return connection.send(&response, &[]).await;
+    }
     let result = handle(node, uninstall, request, fds).await;
     let response = match result {
         // Not the default: that is no byte long, and an empty packet is the end of the connection.
@@ -71,6 +86,7 @@ async fn serve(
                 code,
                 message,
                 details,
+                report: String::new(),
             }
         }
     };
@@ -120,6 +136,8 @@ async fn handle(
                 )),
             }
         }
+        // Answered by the caller.
+        Some(Body::Status(Status {})) => Ok(()),
         None => Err(CniError::new(
             Code::Decode,
             "the agent does not know that request",
