@@ -204,6 +204,9 @@ impl Identities {
     /// Wipes what an earlier process left for identities that nobody wants now. To be called when all
     /// pods of the node are known.
     pub fn wipe_unwanted(&self) {
+        if self.keep_files.load(Ordering::Relaxed) {
+            return;
+        }
         let wanted = self.wanted.lock();
         let kept: Vec<PathBuf> = wanted.keys().map(|identity| self.path(identity)).collect();
         let Ok(entries) = std::fs::read_dir(&self.directory) else {
@@ -221,10 +224,10 @@ impl Identities {
         }
     }
 
-    /// From now on dropped guards leave the files in place: this process ends, and the next one, or
-    /// another that shares the directory, goes on with them.
-    pub fn keep_files(&self) {
-        self.keep_files.store(true, Ordering::Relaxed);
+    /// Whether dropped guards leave the files in place from now on: this process ends, and the next one, or
+    /// another that shares the directory and serves now, goes on with them. That one knows who still needs them.
+    pub fn keep_files(&self, keep: bool) {
+        self.keep_files.store(keep, Ordering::Relaxed);
     }
 
     /// What is held, for the admin socket. No keys.

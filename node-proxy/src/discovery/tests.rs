@@ -233,7 +233,7 @@ async fn a_restarted_proxy_needs_no_controller() {
         loaded(&discovery).await;
         let _guard = discovery.identities.acquire(identity.clone());
         within(discovery.identities.ready(&identity)).await;
-        discovery.identities.keep_files();
+        discovery.identities.keep_files(true);
         // As when a process ends: what was handed to the disk is written.
         discovery.shut_down().await;
     }

@@ -181,13 +181,36 @@ async fn a_restarted_proxy_needs_no_controller() {
         let all = identities(directory.path(), &FakeCa::new([]));
         let _guard = all.acquire(web());
         let local = within(all.ready(&web())).await;
-        all.keep_files();
+        all.keep_files(true);
         local
     };
     let all = identities(directory.path(), &FakeCa::away());
     let _guard = all.acquire(web());
     let after = within(all.ready(&web())).await;
     assert_eq!(before.certified.cert, after.certified.cert);
+}
+
+#[tokio::test]
+async fn a_process_that_drains_leaves_the_keys_to_the_one_that_accepts() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = identities(directory.path(), &FakeCa::new([]));
+    let guard = old.acquire(web());
+    within(old.ready(&web())).await;
+    old.keep_files(true);
+    // A pod of that identity came, the one it knew has gone.
+    let new = identities(directory.path(), &FakeCa::away());
+    let _guard = new.acquire(web());
+    within(new.ready(&web())).await;
+    drop(guard);
+    old.wipe_unwanted();
+    assert_eq!(files(directory.path()), 1);
+
+    // It accepts again.
+    let guard = old.acquire(web());
+    within(old.ready(&web())).await;
+    old.keep_files(false);
+    drop(guard);
+    assert_eq!(files(directory.path()), 0);
 }
 
 #[tokio::test]
@@ -285,7 +308,7 @@ async fn an_expired_file_is_not_taken_up() {
         let all = identities(directory.path(), &ca);
         let _guard = all.acquire(web());
         within(all.ready(&web())).await;
-        all.keep_files();
+        all.keep_files(true);
     }
     let ca = FakeCa::new([]);
     let all = identities(directory.path(), &ca);

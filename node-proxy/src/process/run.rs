@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::connections::Connections;
 use crate::discovery;
 use crate::health::{Health, Metrics};
+use crate::identity::Identities;
 use crate::pods::{Host, Pods, PodsCollector};
 use crate::process::descriptor_limit;
 use crate::seccomp::Profile;
@@ -118,7 +119,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
         connections: Arc::new(Connections::default()),
     };
     let workers = Workers::start(config.workers, context).map_err(system("worker threads"))?;
-    let lifecycle = lifecycle(&workers);
+    let lifecycle = lifecycle(&workers, &discovery.identities);
     let roster = Roster::new(Parts {
         pods,
         host,
@@ -174,7 +175,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
         () = either(&mut terminate, &mut interrupt) => Ok(()),
         Some(part) = parts.join_next() => Err(part_ended(part)),
     };
-    discovery.identities.keep_files();
+    discovery.identities.keep_files(true);
     ended?;
     let deadline = Instant::now() + drain_time;
     tracing::info!(
@@ -212,9 +213,11 @@ fn discovery_config(config: &Config) -> discovery::Config {
     }
 }
 
-fn lifecycle(workers: &Arc<Workers>) -> Arc<Lifecycle> {
-    let workers = Arc::clone(workers);
+fn lifecycle(workers: &Arc<Workers>, identities: &Arc<Identities>) -> Arc<Lifecycle> {
+    let (workers, identities) = (Arc::clone(workers), Arc::clone(identities));
     Arc::new(Lifecycle::new(move |accept| {
+        // Keys belong to who accepts: a process that drains is told of no new pod, and would take them for unwanted.
+        identities.keep_files(!accept);
         if accept {
             workers.resume_accepting();
         } else {
