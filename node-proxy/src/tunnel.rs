@@ -25,6 +25,9 @@ pub const STREAM_WINDOW: u32 = 1 << 20;
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Largest frame either side may send.
 pub const MAX_FRAME: u32 = 64 * 1024;
+/// Payload of a DATA frame that fills, with its head of 9 bytes, four TLS records of 16 KiB, which is what the TLS
+/// library takes at once. One byte more would cost a record and a system call more.
+pub const FULL_FRAME: usize = 64 * 1024 - 9;
 /// What one stream may hold unsent.
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// What one receive call on a tunnel's socket may bring. The TLS library asks for 4 KiB at a time, so many records

@@ -16,9 +16,9 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
 use tokio_util::io::poll_read_buf;
 
-use super::ABORT;
+use super::{ABORT, FULL_FRAME};
 use crate::budget::Charge;
-use crate::tcp::{Broken, CHUNK, finish_writing, poll_read, reset_on_close, write_some};
+use crate::tcp::{Broken, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
 
 /// A read of at least this size is a bulk transfer: the next one goes straight into memory that HTTP/2
@@ -57,7 +57,7 @@ async fn into_tunnel(
 ) -> Result<(), Broken> {
     let mut bulk = false;
     loop {
-        to.reserve_capacity(CHUNK);
+        to.reserve_capacity(FULL_FRAME);
         if to.capacity() == 0 {
             // The stream's buffer is full: that much is held for a tunnel that does not drain.
             buffered.add(super::SEND_BUFFER).map_err(Broken::Limit)?;
@@ -69,7 +69,7 @@ async fn into_tunnel(
             }
             buffered.release(super::SEND_BUFFER);
         }
-        let limit = to.capacity().min(CHUNK);
+        let limit = to.capacity().min(FULL_FRAME);
         let chunk = poll_fn(|cx| {
             let read = if bulk {
                 poll_read_bulk(cx, &mut from, limit)
