@@ -16,7 +16,6 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
-use crate::tcp::set_options;
 
 /// Time to get a socket and a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -78,7 +77,6 @@ async fn open(
 }
 
 async fn connect(socket: OwnedFd, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
-    set_options(socket2::SockRef::from(&socket))?;
     let socket = TcpSocket::from_std_stream(socket.into());
     if let Some(from) = from {
         // Port 0 with IP_BIND_ADDRESS_NO_PORT: the port is chosen by connect, per destination.

@@ -26,11 +26,13 @@ use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
+use socket2::SockRef;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use self::recycle::Outcome;
 use crate::process;
+use crate::tcp::set_options;
 
 mod recycle;
 #[cfg(test)]
@@ -48,6 +50,8 @@ const MOST_FINISHING: usize = 256;
 const BURST_SECONDS: f64 = 0.5;
 /// Time constant of the rates' exponential averages.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
+/// How long a count of the descriptors is used.
+const COUNT_HOLDS: Duration = Duration::from_millis(100);
 
 /// The stock of one namespace. Taken from by any thread.
 #[derive(Debug)]
@@ -87,6 +91,8 @@ pub struct Supply {
     descriptor_limit: usize,
     /// Counts the descriptors of the process.
     open: fn() -> usize,
+    /// When they were counted last, and how many there were.
+    counted: Mutex<Option<(Instant, usize)>>,
     /// Tells the time. Tests bring their own.
     now: fn() -> Instant,
     stocked: AtomicUsize,
@@ -125,7 +131,7 @@ impl Stock {
         self.want_if_low(true);
     }
 
-    /// Takes a socket: unconnected, unbound, non-blocking. Waits while there is none; `None` at the
+    /// Takes a socket: unconnected, unbound, non-blocking, with [`set_options`] done. Waits while there is none; `None` at the
     /// deadline.
     pub async fn take(&self, v6: bool, deadline: Instant) -> Option<OwnedFd> {
         let shelf = self.shelf(v6);
@@ -213,8 +219,15 @@ impl Stock {
         Some(count as u32)
     }
 
-    /// Takes in the answer to a request.
+    /// Takes in the answer to a request. The sockets get the options that every connection has here, once
+    /// in their lives: they stay when a socket is used again.
     pub fn fill(&self, v6: bool, sockets: Vec<OwnedFd>) {
+        for socket in &sockets {
+            if let Err(error) = set_options(SockRef::from(socket)) {
+                // The connection works without them.
+                tracing::debug!(owner = %self.owner, %error, "options of a socket");
+            }
+        }
         let shelf = self.shelf(v6);
         let count = sockets.len();
         let mut state = shelf.state.lock();
@@ -387,6 +400,7 @@ impl Supply {
         Arc::new(Self {
             descriptor_limit: usize::try_from(descriptor_limit).unwrap_or(usize::MAX),
             open: process::open_descriptors,
+            counted: Mutex::default(),
             now: Instant::now,
             stocked: AtomicUsize::new(0),
             wants: Mutex::default(),
@@ -421,10 +435,24 @@ impl Supply {
         }
     }
 
+    /// What was counted lately: asking the kernel costs several microseconds, and the bound is a rough one.
+    fn open_descriptors(&self) -> usize {
+        let now = (self.now)();
+        let mut counted = self.counted.lock();
+        match *counted {
+            Some((at, count)) if now.saturating_duration_since(at) < COUNT_HOLDS => count,
+            _ => {
+                let count = (self.open)();
+                *counted = Some((now, count));
+                count
+            }
+        }
+    }
+
     /// How many more sockets all stocks together may hold beyond their floors.
     fn room(&self) -> usize {
         let stocked = self.stocked();
-        let elsewhere = (self.open)().saturating_sub(stocked);
+        let elsewhere = self.open_descriptors().saturating_sub(stocked);
         let bound = self.descriptor_limit.saturating_sub(elsewhere) / 4;
         bound.saturating_sub(stocked)
     }

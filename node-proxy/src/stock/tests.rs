@@ -15,6 +15,7 @@ fn supply(descriptor_limit: usize) -> Arc<Supply> {
     Arc::new(Supply {
         descriptor_limit,
         open: || 0,
+        counted: Mutex::default(),
         now: || Instant::now() + ADVANCED.get(),
         stocked: AtomicUsize::new(0),
         wants: Mutex::default(),

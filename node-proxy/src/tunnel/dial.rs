@@ -24,7 +24,6 @@ use super::{
 };
 use crate::identity::Trust;
 use crate::stock::Stock;
-use crate::tcp::set_options;
 
 /// From the first packet to a tunnel that can be used.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,7 +72,6 @@ async fn connect(
         .take(address.is_ipv6(), deadline)
         .await
         .ok_or(ProxyError::NoSocket)?;
-    set_options(socket2::SockRef::from(&socket)).map_err(|_| ProxyError::Internal)?;
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
     connecting.await.map_err(|_| ProxyError::TunnelConnect)
 }
