@@ -19,6 +19,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::memory;
 use crate::process::privileges::{PrivilegeError, Privileges};
 use crate::process::raise_descriptor_limit;
 use crate::seccomp::{self, Profile, SeccompError};
@@ -135,6 +136,8 @@ fn supervise(options: &Options, signals: &SigSet) -> Result<u8, SupervisorError>
                 continue;
             }
         };
+        // From here on it waits.
+        memory::unmap_program();
         let (status, asked_to_stop) = attend(worker, signals)?;
         let code = exit_code(status);
         if asked_to_stop || code == EX_CONFIG {

@@ -13,8 +13,9 @@ use mesh_api::client::ClientConfig;
 use mesh_api::config::ConfigError;
 use mesh_api::identity::NodeRole;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 
 use super::http::{UnixServer, serve_tcp};
 use super::lifecycle::Lifecycle;
@@ -26,6 +27,7 @@ use crate::connections::Connections;
 use crate::discovery;
 use crate::health::{Health, Metrics};
 use crate::identity::Identities;
+use crate::memory;
 use crate::pods::{Host, Pods, PodsCollector};
 use crate::process::descriptor_limit;
 use crate::seccomp::Profile;
@@ -35,6 +37,9 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
 use crate::tunnel::tls::ServerConfigs;
 use crate::worker::{Context, Workers};
+
+/// How long after the first table the start is over: keys are made and certificates fetched by then.
+const START: Duration = Duration::from_secs(1);
 
 /// Why the worker ended early.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +149,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
     );
     let metrics = Arc::new(Metrics::new(telemetry));
     let drain_time = config.drain_time();
+    let loaded = discovery.table.loaded();
 
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     parts.spawn(async move { match broker.run().await {} });
@@ -159,6 +165,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
         serve_tcp("health", config.health_listen, health.clone().handler())
             .map(|never| match never {}),
     );
+    tokio::spawn(after_start(loaded));
     serve_admin(
         &mut parts,
         Admin {
@@ -224,6 +231,14 @@ fn lifecycle(workers: &Arc<Workers>, identities: &Arc<Identities>) -> Arc<Lifecy
             workers.stop_accepting();
         }
     }))
+}
+
+/// Ends when the process has most likely done what it does only once.
+async fn after_start(mut loaded: watch::Receiver<bool>) {
+    if loaded.wait_for(|loaded| *loaded).await.is_ok() {
+        tokio::time::sleep(START).await;
+        memory::unmap_program();
+    }
 }
 
 /// The admin interface is for people: traffic does not stop for want of it.
