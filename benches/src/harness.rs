@@ -27,6 +27,8 @@ pub use report::Report;
 pub struct Options {
     /// In this order within each repetition.
     pub arms: Vec<ArmName>,
+    /// Which cases; [`Case::Idle`] stands for the measurement of memory.
+    pub cases: Vec<Case>,
     /// Measured seconds of each run.
     pub duration: Duration,
     /// Load before each measured time.
@@ -77,9 +79,11 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     report::warn_if_busy();
     let arms = arm::start(options)?;
     let mut report = Report::new(options, &arms);
-    for arm in &arms {
-        eprintln!("memory: {}", arm.name);
-        report.memory.push(measure::memory(arm, options)?);
+    if options.cases.contains(&Case::Idle) {
+        for arm in &arms {
+            eprintln!("memory: {}", arm.name);
+            report.memory.push(measure::memory(arm, options)?);
+        }
     }
     for repetition in 1..=options.repetitions {
         for plan in plans(options) {
@@ -104,6 +108,7 @@ fn plans(options: &Options) -> Vec<Plan> {
         (Case::Connect, 16),
     ]
     .into_iter()
+    .filter(|(case, _)| options.cases.contains(case))
     .map(|(case, connections)| Plan {
         case,
         connections,

@@ -43,6 +43,13 @@ struct RunArguments {
         default_value = "direct,envoy,direct-lab,warren"
     )]
     arms: Vec<ArmName>,
+    /// Which cases; `idle` is the measurement of memory.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bulk,bulk-down,requests,open,connect,idle"
+    )]
+    cases: Vec<Case>,
     /// Measured seconds of each run.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
@@ -105,6 +112,7 @@ fn run(arguments: RunArguments) -> Result<(), String> {
     let directory = binaries.parent().unwrap_or(&binaries).join("bench");
     let mut options = Options {
         arms: arguments.arms,
+        cases: arguments.cases,
         duration: seconds(arguments.seconds)?,
         warm_up: Duration::from_secs(1),
         repetitions: arguments.repetitions,

@@ -80,6 +80,8 @@ pub(super) struct Memory {
     pub(super) arm: ArmName,
     /// Before any connection, each proxy with its children.
     pub(super) idle_kib: Vec<u64>,
+    /// The same, shared pages in parts.
+    pub(super) idle_pss_kib: Vec<u64>,
     pub(super) with_connections: Vec<WithConnections>,
 }
 
@@ -133,6 +135,8 @@ pub(super) fn memory(arm: &Arm, options: &Options) -> Result<Memory, Error> {
             .collect::<Vec<_>>()
     };
     let idle_kib = rss();
+    let pss = |pids: &Vec<u32>| process::pss_kib(pids);
+    let idle_pss_kib = arm.proxies.iter().map(pss).collect();
     let mut with_connections = Vec::new();
     // Without a proxy there is nothing to measure.
     let counts = if arm.proxies.is_empty() {
@@ -164,6 +168,7 @@ pub(super) fn memory(arm: &Arm, options: &Options) -> Result<Memory, Error> {
     Ok(Memory {
         arm: arm.name,
         idle_kib,
+        idle_pss_kib,
         with_connections,
     })
 }

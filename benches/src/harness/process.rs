@@ -114,12 +114,19 @@ pub(super) fn cpu_nanos(pids: &[u32]) -> u64 {
 
 /// Resident memory of the processes in KiB. Pages they share count once for each.
 pub(super) fn rss_kib(pids: &[u32]) -> u64 {
+    kib(pids, "status", "VmRSS:")
+}
+
+/// The same, but a page that several processes have mapped counts in parts.
+pub(super) fn pss_kib(pids: &[u32]) -> u64 {
+    kib(pids, "smaps_rollup", "Pss:")
+}
+
+fn kib(pids: &[u32], file: &str, name: &str) -> u64 {
     pids.iter()
-        .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/status")).ok())
-        .filter_map(|status| {
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix("VmRSS:"))?;
+        .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/{file}")).ok())
+        .filter_map(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
             line.split_whitespace().next()?.parse::<u64>().ok()
         })
         .sum()
@@ -188,6 +195,7 @@ mod tests {
         assert_eq!(tree(me).first(), Some(&me));
         assert!(cpu_nanos(&[me]) > 0);
         assert!(rss_kib(&[me]) > 100);
+        assert!(pss_kib(&[me]) > 0);
     }
 
     #[test]
