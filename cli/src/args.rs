@@ -69,7 +69,7 @@ pub(crate) enum Lab {
         #[command(subcommand)]
         command: Rollout,
     },
-    /// Print pods, nodes, services or deployments
+    /// Print pods, nodes, services, deployments, routes or policies
     Get {
         #[command(flatten)]
         lab: Which,
@@ -188,6 +188,9 @@ pub(crate) struct Up {
     /// How many nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=200))]
     pub(crate) nodes: u8,
+    /// Zones that the nodes are in by turns (label topology.kubernetes.io/zone)
+    #[arg(long, value_name = "ZONE,...", value_delimiter = ',')]
+    pub(crate) zones: Vec<String>,
     /// Manifests: a file, a directory (recursively) or - for standard input; repeatable
     #[arg(short = 'f', value_name = "FILE|DIR")]
     pub(crate) files: Vec<PathBuf>,
@@ -294,6 +297,12 @@ pub(crate) enum GetKind {
     Services,
     #[value(alias = "deployment", alias = "deploy")]
     Deployments,
+    /// HTTPRoutes, GRPCRoutes, TLSRoutes and TCPRoutes, and what the controller says of them
+    #[value(alias = "route")]
+    Routes,
+    /// TrafficPolicies and XBackendTrafficPolicies, and what the controller says of them
+    #[value(alias = "policy")]
+    Policies,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -38,6 +38,7 @@ mod probes;
 mod processes;
 mod publish;
 mod requests;
+mod routes;
 mod services;
 mod snapshot;
 mod status;
@@ -220,6 +221,14 @@ fn to_delete(
         "ns" | "namespace" | "namespaces" => "Namespace",
         "sa" | "serviceaccount" | "serviceaccounts" => "ServiceAccount",
         "endpointslice" | "endpointslices" => "EndpointSlice",
+        "httproute" | "httproutes" => "HTTPRoute",
+        "grpcroute" | "grpcroutes" => "GRPCRoute",
+        "tlsroute" | "tlsroutes" => "TLSRoute",
+        "tcproute" | "tcproutes" => "TCPRoute",
+        "trafficpolicy" | "trafficpolicies" => "TrafficPolicy",
+        "xbackendtrafficpolicy" | "xbackendtrafficpolicies" | "xbtrafficpolicy" => {
+            "XBackendTrafficPolicy"
+        }
         other => return Err(Error::new(format!("the lab has no {other} to delete"))),
     };
     Ok(vec![Named {

@@ -4,6 +4,7 @@
 //! can, what moved is written to disk, and a snapshot is published. Readers hold a snapshot and
 //! never wait for a writer. The lock is never held over an await.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::enrolment::{Enrolment, Fleet, Phase, Progress, RegisterError, Store, Stored, StreamId};
 use crate::metrics::{Metrics, NodeLabel, PhaseLabel, Role, Type};
-use crate::model::{self, Model, Settings};
+use crate::model::{self, Condition, Model, ObjectStatus, Settings};
 use crate::providers::Objects;
 use crate::resources::{self, Snapshot};
 
@@ -72,10 +73,12 @@ impl Hub {
             stored,
         } = start;
         let now = Instant::now();
+        let model = model::build(&objects, &settings);
+        tell_statuses(&[], &model.statuses);
         let mut fleet = Fleet::default();
         fleet.expect(stored.nodes.iter().cloned(), now);
         let core = Core {
-            model: Arc::new(model::build(&objects, &settings)),
+            model: Arc::new(model),
             enrolment: Enrolment::restore(&stored),
             settings,
             objects,
@@ -122,7 +125,10 @@ impl Hub {
         if core.objects == objects {
             return;
         }
-        core.model = Arc::new(model::build(&objects, &core.settings));
+        let old = (&core.objects, &*core.model);
+        let model = Arc::new(model::rebuild(&objects, &core.settings, old));
+        tell_statuses(&core.model.statuses, &model.statuses);
+        core.model = model;
         core.objects = objects;
         self.advance(&mut core, true);
     }
@@ -189,7 +195,7 @@ impl Hub {
         let record = core.enrolment.record(&request.uid);
         let pod = core.model.pods.get(request.uid.as_str());
         // `register` found the pod in the same model.
-        pod.map(|pod| resources::node_pod_of(pod, record))
+        pod.map(|pod| resources::node_pod_of(&core.model, pod, record))
             .ok_or_else(|| RegisterError::NotFound {
                 namespace: request.namespace.clone(),
                 name: request.name.clone(),
@@ -275,6 +281,8 @@ impl Hub {
             "streams": streams.collect::<Vec<_>>(),
             "nodes": core.fleet.nodes(),
             "warnings": core.warnings,
+            "routes": statuses_of(&core.model, |kind| kind.ends_with("Route")),
+            "policies": statuses_of(&core.model, |kind| kind.ends_with("Policy")),
         })
     }
 
@@ -351,6 +359,12 @@ impl Hub {
             ),
             ("Service", snapshot.services.len()),
             ("EndpointSlice", snapshot.slices.len()),
+            ("Route", snapshot.routes.len()),
+            (
+                "BackendTrafficPolicy",
+                snapshot.backend_traffic_policies.len(),
+            ),
+            ("TrafficPolicy", snapshot.traffic_policies.len()),
         ] {
             let gauge = self.metrics.resources.get_or_create_owned(&Type { r#type });
             gauge.set(count as i64);
@@ -370,6 +384,41 @@ impl Hub {
                 .set(count as i64);
         }
         self.metrics.trusted_roots.set(core.bundle.len() as i64);
+    }
+}
+
+fn statuses_of(model: &Model, wanted: impl Fn(&str) -> bool) -> Vec<&ObjectStatus> {
+    let statuses = model.statuses.iter();
+    statuses.filter(|s| wanted(s.kind)).collect()
+}
+
+/// Logs what is to be said of routes and policies, as far as it is another than before.
+fn tell_statuses(old: &[ObjectStatus], new: &[ObjectStatus]) {
+    let old: HashMap<String, &ObjectStatus> = old.iter().map(|s| (s.key(), s)).collect();
+    for status in new {
+        let key = status.key();
+        let before = old.get(&key);
+        if before.is_some_and(|b| b.parents == status.parents) {
+            continue;
+        }
+        if status.is_good() {
+            tracing::info!("{key}: accepted");
+            continue;
+        }
+        for parent in &status.parents {
+            let name = &parent.parent_ref.name;
+            for Condition {
+                kind,
+                status,
+                reason,
+                message,
+            } in &parent.conditions
+            {
+                if !message.is_empty() {
+                    tracing::warn!("{key}: {name}: {kind}={status} ({reason}): {message}");
+                }
+            }
+        }
     }
 }
 

@@ -6,17 +6,23 @@
 
 mod annotations;
 mod pod;
+mod policies;
+mod routes;
 mod service;
+mod status;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_api::names::{MESH_LABEL, MODE_LABEL};
-use mesh_api::proto::mesh::{EndpointSlice, Mode, Service};
+use mesh_api::proto::mesh::{
+    BackendTrafficPolicy, EndpointSlice, Mode, Route, Service, TrafficPolicy,
+};
 
 pub use annotations::{Exclusions, FieldMistake, mesh_label, mode_label, tunnel_annotation};
 pub use pod::{Pod, ProbeMistake, probe_mistakes};
+pub use status::{Condition, ObjectStatus, ParentStatus};
 
 use crate::providers::Objects;
 
@@ -38,16 +44,68 @@ pub struct Model {
     pub pods: BTreeMap<Arc<str>, Arc<Pod>>,
     /// InternalIPs by node name.
     pub nodes: BTreeMap<String, Vec<IpAddr>>,
+    /// Zones by node name; only of nodes that have one.
+    pub zones: BTreeMap<String, String>,
     /// By `namespace/name`.
     pub services: BTreeMap<String, Service>,
     /// By `namespace/slice`; only those of a Service.
     pub slices: BTreeMap<String, EndpointSlice>,
+    /// By `kind/namespace/name`; only what is in force.
+    pub routes: BTreeMap<String, Route>,
+    /// By `namespace/name`; only what is in force.
+    pub backend_traffic_policies: BTreeMap<String, BackendTrafficPolicy>,
+    /// By `namespace/name`; only what is in force.
+    pub traffic_policies: BTreeMap<String, TrafficPolicy>,
+    /// What is to be said of routes and policies, in force or not.
+    pub statuses: Vec<ObjectStatus>,
     /// What in the objects could not be used, for the log.
     pub warnings: Vec<String>,
 }
 
 /// Builds the model.
 pub fn build(objects: &Objects, settings: &Settings) -> Model {
+    let mut model = without_routes(objects, settings);
+    judge_routes(objects, &mut model);
+    model
+}
+
+/// Builds the model that follows `old`, which was built from `old_objects`. What was made of routes and
+/// policies is taken over if nothing that it depends on changed: to judge them costs the compilation of their
+/// expressions, and endpoints change far more often.
+pub fn rebuild(
+    objects: &Objects,
+    settings: &Settings,
+    (old_objects, old): (&Objects, &Model),
+) -> Model {
+    let mut model = without_routes(objects, settings);
+    let same = objects.services == old_objects.services
+        && objects.http_routes == old_objects.http_routes
+        && objects.grpc_routes == old_objects.grpc_routes
+        && objects.tls_routes == old_objects.tls_routes
+        && objects.tcp_routes == old_objects.tcp_routes
+        && objects.backend_traffic_policies == old_objects.backend_traffic_policies
+        && objects.traffic_policies == old_objects.traffic_policies;
+    if same {
+        model.routes = old.routes.clone();
+        model.backend_traffic_policies = old.backend_traffic_policies.clone();
+        model.traffic_policies = old.traffic_policies.clone();
+        model.statuses = old.statuses.clone();
+    } else {
+        judge_routes(objects, &mut model);
+    }
+    model
+}
+
+fn judge_routes(objects: &Objects, model: &mut Model) {
+    let routes = routes::build(objects);
+    let policies = policies::build(objects);
+    model.routes = routes.routes;
+    model.backend_traffic_policies = policies.backend;
+    model.traffic_policies = policies.traffic;
+    model.statuses = [routes.statuses, policies.statuses].concat();
+}
+
+fn without_routes(objects: &Objects, settings: &Settings) -> Model {
     let mut warnings = Vec::new();
     let nodes = objects
         .nodes
@@ -76,15 +134,27 @@ pub fn build(objects: &Objects, settings: &Settings) -> Model {
         .filter_map(|s| service::slice(s, &mut warnings))
         .map(|s| (format!("{}/{}", s.namespace, s.name), s))
         .collect();
+    let zones = objects.nodes.iter().filter_map(|(name, node)| {
+        let zone = node.metadata.labels.as_ref()?.get(ZONE_LABEL)?;
+        Some((name.clone(), zone.clone()))
+    });
     Model {
         settings: settings.clone(),
         pods,
         nodes,
+        zones: zones.collect(),
         services,
         slices,
+        routes: BTreeMap::new(),
+        backend_traffic_policies: BTreeMap::new(),
+        traffic_policies: BTreeMap::new(),
+        statuses: Vec::new(),
         warnings,
     }
 }
+
+/// Label of a node that says which zone it is in.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// What a namespace says for its pods.
 #[derive(Clone, Copy, Debug)]

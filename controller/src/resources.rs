@@ -5,6 +5,8 @@
 //! Tables that did not change are shared with the snapshot before, so that a stream sees at the cost of one
 //! comparison that it has nothing to send.
 
+mod concerns;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use mesh_api::proto::Resource as Typed;
 use mesh_api::proto::mesh::{EnrolmentState, MeshConfig, NodePod, TunnelKind, Workload};
 use sha2::{Digest, Sha256};
 
+pub use self::concerns::Concerns;
 use crate::enrolment::{Enrolment, Record};
 use crate::model::{Model, Pod};
 
@@ -47,6 +50,14 @@ pub struct Snapshot {
     pub slices: Arc<Table>,
     /// The Service (`namespace/name`) of each slice.
     pub service_of_slice: Arc<BTreeMap<Arc<str>, Arc<str>>>,
+    /// By `kind/namespace/name`.
+    pub routes: Arc<Table>,
+    /// By `namespace/name`.
+    pub backend_traffic_policies: Arc<Table>,
+    /// By `namespace/name`.
+    pub traffic_policies: Arc<Table>,
+    /// Who must know of a route or policy if not every node is sent all.
+    pub concerns: Arc<Concerns>,
     /// The namespaces that have a pod on a node.
     pub namespaces_of_node: Arc<BTreeMap<String, BTreeSet<String>>>,
     /// Whether `*` holds all Services.
@@ -98,7 +109,7 @@ pub fn build(
             let message = workload(model, pod, addresses.clone(), state, tunnel);
             workloads.insert(uid.clone(), encode(&message));
         }
-        let message = node_pod(pod, addresses, record.is_some_and(Record::enrolled));
+        let message = node_pod(model, pod, addresses, record.is_some_and(Record::enrolled));
         node_pods
             .entry(pod.node.clone())
             .or_default()
@@ -109,11 +120,7 @@ pub fn build(
             .insert(pod.namespace.clone());
     }
     let services_complete = model.services.len() <= ALL_SERVICES;
-    let services: Table = model
-        .services
-        .iter()
-        .map(|(name, service)| (Arc::from(name.as_str()), encode(service)))
-        .collect();
+    let services = table(&model.services);
     let mut service_by_address = HashMap::new();
     for (name, service) in &model.services {
         for address in service
@@ -131,11 +138,7 @@ pub fn build(
             }
         }
     }
-    let slices = model
-        .slices
-        .iter()
-        .map(|(name, slice)| (Arc::from(name.as_str()), encode(slice)))
-        .collect();
+    let slices = table(&model.slices);
     let service_of_slice = model
         .slices
         .iter()
@@ -146,6 +149,9 @@ pub fn build(
             )
         })
         .collect();
+    let routes = table(&model.routes);
+    let backend_traffic_policies = table(&model.backend_traffic_policies);
+    let traffic_policies = table(&model.traffic_policies);
     let mesh = mesh_config(model, trust_bundle, services_complete);
     let old_pods = &previous.node_pods;
     let node_pods = node_pods
@@ -163,6 +169,13 @@ pub fn build(
         service_by_address: share(service_by_address, &previous.service_by_address),
         slices: share(slices, &previous.slices),
         service_of_slice: share(service_of_slice, &previous.service_of_slice),
+        routes: share(routes, &previous.routes),
+        backend_traffic_policies: share(
+            backend_traffic_policies,
+            &previous.backend_traffic_policies,
+        ),
+        traffic_policies: share(traffic_policies, &previous.traffic_policies),
+        concerns: share(Concerns::new(model), &previous.concerns),
         namespaces_of_node: share(namespaces_of_node, &previous.namespaces_of_node),
         services_complete,
         mesh: share(
@@ -174,15 +187,15 @@ pub fn build(
 }
 
 /// What a pod's agent and proxy must know of it. Also the answer to its registration.
-pub fn node_pod_of(pod: &Pod, record: Option<&Record>) -> NodePod {
+pub fn node_pod_of(model: &Model, pod: &Pod, record: Option<&Record>) -> NodePod {
     let addresses = addresses(pod, record)
         .iter()
         .map(|a| address_to_bytes(*a))
         .collect();
-    node_pod(pod, addresses, record.is_some_and(Record::enrolled))
+    node_pod(model, pod, addresses, record.is_some_and(Record::enrolled))
 }
 
-fn node_pod(pod: &Pod, addresses: Vec<Bytes>, enrolled: bool) -> NodePod {
+fn node_pod(model: &Model, pod: &Pod, addresses: Vec<Bytes>, enrolled: bool) -> NodePod {
     NodePod {
         uid: pod.uid.to_string(),
         namespace: pod.namespace.clone(),
@@ -196,7 +209,7 @@ fn node_pod(pod: &Pod, addresses: Vec<Bytes>, enrolled: bool) -> NodePod {
         exclude_outbound_cidrs: texts(&pod.exclusions.outbound_cidrs),
         probes: pod.probes.clone(),
         owner: pod.owner.clone(),
-        zone: String::new(),
+        zone: model.zones.get(&pod.node).cloned().unwrap_or_default(),
         namespace_opted_in: pod.namespace_opted_in,
     }
 }
@@ -291,6 +304,13 @@ fn address_owners(
         }
     }
     owners
+}
+
+fn table<T: Typed>(messages: &BTreeMap<String, T>) -> Table {
+    let encoded = messages
+        .iter()
+        .map(|(name, message)| (Arc::from(name.as_str()), encode(message)));
+    encoded.collect()
 }
 
 fn encode<T: Typed>(message: &T) -> Arc<Resource> {

@@ -2,15 +2,18 @@
 //!
 //! Everything is checked before anything is changed.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::sync::watch;
-use warren_controller::providers::directory::{Document, Object};
+use warren_controller::providers::directory::{Document, Object, ObjectKey};
 
 use super::cluster::{Cluster, DeploymentRecord, Key, Life, PodRecord};
 use super::daemon::Lab;
-use super::manifests::{self, Known, Source};
+use super::manifests::{self, EXTRA_KINDS, Known, Source};
 use super::requests::{Named, Notes, node_names};
 use super::{services, wait};
 use crate::error::{Error, Result};
@@ -146,9 +149,38 @@ fn apply_one(lab: &Rc<Lab>, document: &Document) -> Result<&'static str> {
                 CREATED
             }
         },
+        new @ (Object::HttpRoute(_)
+        | Object::GrpcRoute(_)
+        | Object::TlsRoute(_)
+        | Object::TcpRoute(_)
+        | Object::BackendTrafficPolicy(_)
+        | Object::TrafficPolicy(_)) => {
+            let old = cluster.extras.get(&object_key);
+            let new = with_creation_time(new.clone(), old);
+            let said = outcome(old, &new);
+            cluster.extras.insert(object_key, new);
+            said
+        }
         // Refused when it was checked.
         Object::Node(_) => UNCHANGED,
     })
+}
+
+/// As an API server sets it: when the object was first there. The older of two routes counts.
+fn with_creation_time(mut new: Object, old: Option<&Object>) -> Object {
+    let known = old.and_then(|o| o.metadata().creation_timestamp.clone());
+    let metadata = new.metadata_mut();
+    if metadata.creation_timestamp.is_none() {
+        let now = || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+            let seconds = i64::try_from(now.as_secs()).ok()?;
+            k8s_openapi::jiff::Timestamp::from_second(seconds)
+                .map(Time)
+                .ok()
+        };
+        metadata.creation_timestamp = known.or_else(now);
+    }
+    new
 }
 
 /// Labels and annotations of a running pod may change.
@@ -222,12 +254,27 @@ fn delete_one(lab: &Lab, object: &Named) -> std::result::Result<Vec<Key>, String
             cluster.services.retain(|key, _| key.0 != name);
             cluster.slices.retain(|key, _| key.0 != name);
             cluster.accounts.retain(|key, _| key.0 != name);
+            cluster.extras.retain(|key, _| key.namespace != name);
             cluster
                 .pods
                 .keys()
                 .filter(|key| key.0 == name)
                 .cloned()
                 .collect()
+        }
+        kind if EXTRA_KINDS.contains(&kind) => {
+            let of_kind = cluster.extras.keys().filter(|key| key.kind == kind);
+            let names: BTreeMap<Key, ()> = of_kind
+                .map(|key| ((key.namespace.clone(), key.name.clone()), ()))
+                .collect();
+            let (namespace, name) = Cluster::find(&names, kind, namespace, name)?;
+            let kind = kind.to_owned();
+            cluster.extras.remove(&ObjectKey {
+                kind,
+                namespace,
+                name,
+            });
+            Vec::new()
         }
         other => return Err(format!("the lab cannot delete a {other}")),
     };

@@ -10,6 +10,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Pod, PodSpec, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use tokio::sync::watch;
+use warren_controller::providers::directory::{Object, ObjectKey};
 
 use super::deployments::Owned;
 
@@ -27,6 +28,10 @@ pub(crate) struct Cluster {
     /// The user's own; those of Services with a selector are made when they are asked for.
     pub(crate) slices: BTreeMap<Key, EndpointSlice>,
     pub(crate) pods: BTreeMap<Key, PodRecord>,
+    /// Routes and policies: what only the controller reads.
+    pub(crate) extras: BTreeMap<ObjectKey, Object>,
+    /// Zones of the nodes that have one.
+    pub(crate) zones: BTreeMap<String, String>,
     /// Deleted; they go with their last pod.
     pub(crate) ending_namespaces: BTreeSet<String>,
 }

@@ -32,6 +32,9 @@ use crate::error::{Context, Result};
 pub(crate) struct Spec {
     pub(crate) slot: u8,
     pub(crate) nodes: u8,
+    /// Nodes are in them by turns.
+    #[serde(default)]
+    pub(crate) zones: Vec<String>,
     pub(crate) mesh: bool,
     pub(crate) mode: String,
     pub(crate) trust_domain: String,
@@ -127,17 +130,26 @@ async fn reconcile(lab: Rc<Lab>) {
 impl Lab {
     fn new(name: LabName, paths: Paths, spec: Spec) -> Self {
         let plan = Plan::new(spec.slot);
+        let nodes: Vec<Node> = (1..=spec.nodes)
+            .map(|number| Node::new(&name, plan, number))
+            .collect();
+        let mut cluster = Cluster::new();
+        // No zones: none turns.
+        let zones = spec.zones.iter().cycle();
+        cluster.zones = nodes
+            .iter()
+            .map(|node| node.name.clone())
+            .zip(zones.cloned())
+            .collect();
         Self {
-            nodes: (1..=spec.nodes)
-                .map(|number| Node::new(&name, plan, number))
-                .collect(),
+            nodes,
             name,
             paths,
             programs: spec.programs.clone(),
             spec,
             plan,
             controller: RefCell::default(),
-            cluster: RefCell::new(Cluster::new()),
+            cluster: RefCell::new(cluster),
             trouble: RefCell::default(),
             changes: watch::Sender::new(1),
             publications: watch::Sender::new(0),

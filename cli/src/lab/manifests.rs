@@ -141,7 +141,8 @@ fn unknown_kinds(source: &Source) -> Vec<Mistake> {
         let kind = kind.trim_matches(|c| c == '"' || c == '\'');
         // What is no word at all is the parser's to report.
         let word = !kind.is_empty() && kind.bytes().all(|b| b.is_ascii_alphanumeric());
-        let unknown = !KINDS.contains(&kind) && !IGNORED_KINDS.contains(&kind);
+        let known = [&KINDS[..], &EXTRA_KINDS, &IGNORED_KINDS];
+        let unknown = !known.iter().any(|kinds| kinds.contains(&kind));
         (word && unknown).then_some((i + 1, kind))
     });
     kinds
@@ -150,11 +151,23 @@ fn unknown_kinds(source: &Source) -> Vec<Mistake> {
             line,
             object: None,
             field: "kind".into(),
-            message: format!("the lab has no {kind}; it has {}", KINDS.join(", ")),
+            message: format!(
+                "the lab has no {kind}; it has {}",
+                [&KINDS[..], &EXTRA_KINDS].concat().join(", ")
+            ),
         })
         .collect()
 }
 
+/// Routes and policies: handed on to the controller.
+pub(crate) const EXTRA_KINDS: [&str; 6] = [
+    "HTTPRoute",
+    "GRPCRoute",
+    "TLSRoute",
+    "TCPRoute",
+    "XBackendTrafficPolicy",
+    "TrafficPolicy",
+];
 const KINDS: [&str; 8] = [
     "Namespace",
     "ServiceAccount",
@@ -226,7 +239,13 @@ fn check(object: &Object, known: &Known, report: &mut impl FnMut(&str, String)) 
         Object::ServiceAccount(_)
         | Object::Namespace(_)
         | Object::Service(_)
-        | Object::EndpointSlice(_) => {}
+        | Object::EndpointSlice(_)
+        | Object::HttpRoute(_)
+        | Object::GrpcRoute(_)
+        | Object::TlsRoute(_)
+        | Object::TcpRoute(_)
+        | Object::BackendTrafficPolicy(_)
+        | Object::TrafficPolicy(_) => {}
     }
 }
 
@@ -321,8 +340,10 @@ mod tests {
         let good = parsed(
             "apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: new}\n\
              spec: {containers: [{name: c, command: [sleep]}]}\n\
-             ---\napiVersion: v1\nkind: Namespace\nmetadata: {name: new}\n",
+             ---\napiVersion: v1\nkind: Namespace\nmetadata: {name: new}\n\
+             ---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
+             metadata: {name: r, namespace: new}\nspec: {}\n",
         );
-        assert_eq!(good.unwrap().len(), 2);
+        assert_eq!(good.unwrap().len(), 3);
     }
 }

@@ -17,6 +17,7 @@ use k8s_openapi::api::core::v1::{
 };
 use serde::Serialize;
 use serde_json::json;
+use warren_controller::providers::directory::Object;
 
 use super::cluster::{Cluster, PodRecord};
 use super::daemon::Lab;
@@ -145,14 +146,19 @@ pub(crate) async fn apply_rules(netns: &Path, rules: &str) -> Result<()> {
     )))
 }
 
-/// The controller's input: one List for each kind.
-fn manifests(lab: &Lab, cluster: &Cluster) -> [(&'static str, String); 6] {
+/// Label of a node that says which zone it is in.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// The controller's input: one List for each kind; routes and policies share one.
+fn manifests(lab: &Lab, cluster: &Cluster) -> [(&'static str, String); 7] {
     let nodes: Vec<Node> = lab
         .nodes
         .iter()
         .map(|node| {
             let mut object = Node::default();
             object.metadata.name = Some(node.name.clone());
+            let zone = cluster.zones.get(&node.name);
+            object.metadata.labels = zone.map(|zone| [(ZONE.to_owned(), zone.clone())].into());
             let address = |address| NodeAddress {
                 type_: "InternalIP".into(),
                 address,
@@ -187,6 +193,16 @@ fn manifests(lab: &Lab, cluster: &Cluster) -> [(&'static str, String); 6] {
         ),
         ("50-pods.json", list(&pods)),
         ("60-endpointslices.json", list(&all_slices(cluster))),
+        (
+            "70-routes.json",
+            list(
+                &cluster
+                    .extras
+                    .values()
+                    .map(Object::to_json)
+                    .collect::<Vec<_>>(),
+            ),
+        ),
     ]
 }
 

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::core::v1::{Service, ServicePort};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::cluster::{Cluster, Key, Phase, PodRecord};
@@ -232,7 +234,8 @@ fn slices(cluster: &Cluster, (namespace, name): &Key, service: &Service) -> Vec<
             let Some(ip) = ip else { continue };
             let ports = endpoint_ports(service, pod);
             let publish = spec.publish_not_ready_addresses == Some(true);
-            let endpoint = endpoint(ns, pod_name, pod, ip, publish);
+            let mut endpoint = endpoint(ns, pod_name, pod, ip, publish);
+            endpoint.zone = cluster.zones.get(pod.node()).cloned();
             match groups.iter_mut().find(|(p, _)| *p == ports) {
                 Some((_, endpoints)) => endpoints.push(endpoint),
                 None => groups.push((ports, vec![endpoint])),
@@ -241,7 +244,8 @@ fn slices(cluster: &Cluster, (namespace, name): &Key, service: &Service) -> Vec<
         if groups.is_empty() {
             groups.push((Vec::new(), Vec::new()));
         }
-        for (i, (ports, endpoints)) in groups.into_iter().enumerate() {
+        for (i, (ports, mut endpoints)) in groups.into_iter().enumerate() {
+            hint(&mut endpoints, spec.traffic_distribution.as_deref());
             let mut slice = EndpointSlice {
                 address_type: family.clone(),
                 ports: Some(ports),
@@ -260,6 +264,31 @@ fn slices(cluster: &Cluster, (namespace, name): &Key, service: &Service) -> Vec<
         }
     }
     slices
+}
+
+/// Who should prefer which endpoint, as the endpoint-slice controller says it for `trafficDistribution`
+/// (KEP-3015, KEP-4444): every endpoint that takes traffic is for its own zone, with `PreferSameNode` also for
+/// its own node. Without a zone for each of them there are no zone hints.
+fn hint(endpoints: &mut [Endpoint], distribution: Option<&str>) {
+    let by_node = match distribution {
+        Some("PreferSameNode") => true,
+        Some("PreferSameZone" | "PreferClose") => false,
+        _ => return,
+    };
+    let all_have_zones = endpoints
+        .iter()
+        .filter(|e| takes_traffic(e))
+        .all(|e| e.zone.is_some());
+    for endpoint in endpoints.iter_mut().filter(|e| takes_traffic(e)) {
+        let zone = endpoint.zone.clone().filter(|_| all_have_zones);
+        let node = endpoint.node_name.clone().filter(|_| by_node);
+        let hints = EndpointHints {
+            for_zones: zone.map(|name| vec![ForZone { name }]),
+            for_nodes: node.map(|name| vec![ForNode { name }]),
+        };
+        let any = hints.for_zones.is_some() || hints.for_nodes.is_some();
+        endpoint.hints = any.then_some(hints);
+    }
 }
 
 fn endpoint(

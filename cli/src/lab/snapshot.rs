@@ -16,7 +16,11 @@ impl Lab {
         let cluster = self.cluster.borrow();
         let controller = self.controller.borrow();
         Status {
-            nodes: self.nodes.iter().map(node_status).collect(),
+            nodes: self
+                .nodes
+                .iter()
+                .map(|node| node_status(&cluster, node))
+                .collect(),
             pods: cluster
                 .pods
                 .iter()
@@ -72,13 +76,14 @@ impl Lab {
     }
 }
 
-fn node_status(node: &Node) -> NodeStatus {
+fn node_status(cluster: &Cluster, node: &Node) -> NodeStatus {
     let proxies = node.proxies.borrow();
     let proxy = proxies.first();
     let address = proxy.and_then(|p| p.address());
     let pid = |c: &Component| c.pid().unwrap_or(0);
     NodeStatus {
         name: node.name.clone(),
+        zone: cluster.zones.get(&node.name).cloned().unwrap_or_default(),
         address: Some(node.addresses.v4.into()),
         addresses: node.addresses.both().into(),
         netns: node.netns.clone(),

@@ -30,6 +30,9 @@ pub(crate) struct Status {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct NodeStatus {
     pub(crate) name: String,
+    /// Empty: none.
+    #[serde(default)]
+    pub(crate) zone: String,
     pub(crate) address: Option<IpAddr>,
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) netns: PathBuf,

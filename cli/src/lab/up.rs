@@ -44,6 +44,7 @@ pub(crate) fn up(options: &Up) -> Result<()> {
     let spec = Spec {
         slot: free_slot(name),
         nodes: options.nodes,
+        zones: options.zones.clone(),
         mesh: !options.no_mesh,
         mode: match options.mode {
             Mode::Permissive => "permissive".into(),

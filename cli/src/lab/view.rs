@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use mesh_api::names::{CONTROLLER_METRICS_PORT, METRICS_PORT};
 use serde::Serialize;
 
 use super::names::LabName;
-use super::netns;
 use super::status::{self, Status};
+use super::{netns, routes};
 use crate::args::{GetKind, Output};
 use crate::error::{Context, Error, Result};
 
@@ -23,6 +23,20 @@ pub(crate) fn get(
     output: Output,
 ) -> Result<()> {
     let mut status = status::read(lab)?;
+    let part = match kind {
+        GetKind::Routes => Some("routes"),
+        GetKind::Policies => Some("policies"),
+        _ => None,
+    };
+    if let Some(part) = part {
+        let objects = routes::judged(&status, part, namespace)?;
+        if output == Output::Json {
+            return json(&objects);
+        }
+        let (head, rows) = routes::table(&objects);
+        print(head, &rows);
+        return Ok(());
+    }
     let here = |ns: &str| namespace.is_none_or(|n| n == ns);
     status.pods.retain(|p| here(&p.namespace));
     status.services.retain(|s| here(&s.namespace));
@@ -33,6 +47,7 @@ pub(crate) fn get(
             GetKind::Nodes => json(&status.nodes),
             GetKind::Services => json(&status.services),
             GetKind::Deployments => json(&status.deployments),
+            GetKind::Routes | GetKind::Policies => Ok(()),
         };
     }
     let (head, rows) = table(&status, kind);
@@ -65,6 +80,7 @@ fn table(status: &Status, kind: GetKind) -> (&'static [&'static str], Vec<Vec<St
         GetKind::Nodes => (
             &[
                 "NAME",
+                "ZONE",
                 "ADDRESSES",
                 "AGENT PID",
                 "PROXY PID",
@@ -77,6 +93,7 @@ fn table(status: &Status, kind: GetKind) -> (&'static [&'static str], Vec<Vec<St
                 .map(|node| {
                     vec![
                         node.name.clone(),
+                        or_dash(node.zone.clone()),
                         join(&node.addresses),
                         process(node.agent_pid),
                         process(node.proxy_pid),
@@ -124,6 +141,8 @@ fn table(status: &Status, kind: GetKind) -> (&'static [&'static str], Vec<Vec<St
                 })
                 .collect(),
         ),
+        // Printed by themselves.
+        GetKind::Routes | GetKind::Policies => (&[], Vec::new()),
     }
 }
 
@@ -331,16 +350,19 @@ pub(crate) fn metrics(lab: &LabName, of: &str) -> Result<()> {
             .ok_or_else(|| Error::new(format!("{} has no proxy (yet)", node.name)))?;
         (node.netns.clone(), address, METRICS_PORT)
     };
+    let body = fetch(&netns, netns::socket_address(address, port), "/metrics", of)?;
+    write_out(body.as_bytes())
+}
+
+/// The body that a part of the mesh answers a GET with, from inside a namespace.
+pub(super) fn fetch(netns: &Path, to: SocketAddr, path: &str, of: &str) -> Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
-    let answer = runtime.context("runtime")?.block_on(netns::http_get(
-        &netns,
-        netns::socket_address(address, port),
-        "/metrics",
-        "",
-        Duration::from_secs(10),
-    ))?;
+    let limit = Duration::from_secs(10);
+    let answer = runtime
+        .context("runtime")?
+        .block_on(netns::http_get(netns, to, path, "", limit))?;
     if answer.status != 200 {
         return Err(Error::new(format!(
             "{of}: status {}: {}",
@@ -348,7 +370,7 @@ pub(crate) fn metrics(lab: &LabName, of: &str) -> Result<()> {
             answer.body.trim()
         )));
     }
-    write_out(answer.body.as_bytes())
+    Ok(answer.body)
 }
 
 #[cfg(test)]

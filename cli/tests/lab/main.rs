@@ -288,3 +288,52 @@ fn a_killed_daemon_leaves_nothing_after_down() {
     )
     .good();
 }
+
+#[test]
+fn routes_and_policies_are_handed_to_the_controller() {
+    let service =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n";
+    let lab = Lab::up_with("routes", service, &["--nodes", "3", "--zones", "a,b"]);
+    let nodes = lab.run(&["get", "nodes", "-o", "json"]).good();
+    let nodes: serde_json::Value = serde_json::from_str(&nodes).unwrap();
+    let zones: Vec<&str> = (0..3).map(|i| nodes[i]["zone"].as_str().unwrap()).collect();
+    assert_eq!(zones, ["a", "b", "a"], "by turns");
+
+    let published = |file: &str| -> serde_json::Value {
+        let dir = format!("/run/warren/lab/{}/controller/manifests", lab.name());
+        let text = std::fs::read_to_string(format!("{dir}/{file}")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let label = &published("20-nodes.json")["items"][1]["metadata"]["labels"];
+    assert_eq!(label["topology.kubernetes.io/zone"], "b");
+
+    let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r}\nspec:\n  \
+                 parentRefs: [{group: '', kind: Service, name: web}]\n  rules: [{backendRefs: [{name: web, port: 80}]}]\n";
+    let policy = "---\napiVersion: warren-mesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: p}\nspec:\n  \
+                  targetRefs: [{kind: Service, name: web}]\n  timeouts: {request: 1s}\n";
+    let said = lab.apply(&format!("{route}{policy}")).good();
+    assert!(said.contains("HTTPRoute default/r created"), "{said}");
+    assert!(said.contains("TrafficPolicy default/p created"), "{said}");
+    let first = published("70-routes.json");
+    assert_eq!(first["items"].as_array().unwrap().len(), 2);
+    let created = first["items"][0]["metadata"]["creationTimestamp"].clone();
+    assert!(created.is_string(), "{first}");
+
+    assert!(lab.apply(route).good().contains("unchanged"));
+    let edited = route.replace("port: 80}]}]", "port: 80, weight: 2}]}]");
+    assert!(lab.apply(&edited).good().contains("configured"));
+    let route_now = &published("70-routes.json")["items"][0];
+    assert_eq!(route_now["spec"]["rules"][0]["backendRefs"][0]["weight"], 2);
+    assert_eq!(route_now["metadata"]["creationTimestamp"], created, "kept");
+
+    let mistaken = lab.apply(&route.replace("port: 80}", "port: 80, weight: -1}"));
+    assert_ne!(mistaken.code, 0);
+    let message =
+        ":6: HTTPRoute default/r: spec.rules[0].backendRefs[0].weight: expected a number from 0";
+    assert!(mistaken.stderr.contains(message), "{mistaken:?}");
+
+    let deleted = lab.run(&["delete", "httproute", "r"]).good();
+    assert!(deleted.contains("HTTPRoute r deleted"), "{deleted}");
+    let left = &published("70-routes.json")["items"];
+    assert_eq!(left.as_array().unwrap().len(), 1);
+}

@@ -156,7 +156,7 @@ fn what_a_pod_says_fits_the_packets_of_its_node() {
         )
         .replace("{name: c}", &containers.join(", "));
     let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
-    let size = crate::resources::node_pod_of(&model.pods["u"], None).encoded_len();
+    let size = crate::resources::node_pod_of(&model, &model.pods["u"], None).encoded_len();
     assert!(size < mesh_api::seqpacket::MAX_BYTES * 3 / 4, "{size}");
     let said = |text: &str| {
         let told = model.warnings.iter().any(|warning| warning.contains(text));

@@ -1,8 +1,9 @@
 //! A directory of ordinary Kubernetes manifests, YAML or JSON.
 //!
 //! What: reads every `*.yaml`, `*.yml` and `*.json` below a directory into typed objects. The kinds Warren
-//! uses are `Namespace`, `ServiceAccount`, `Node`, `Pod`, `Service` (v1), `Deployment` (apps/v1) and
-//! `EndpointSlice` (discovery.k8s.io/v1); `List` is unpacked; other kinds are skipped.
+//! uses are `Namespace`, `ServiceAccount`, `Node`, `Pod`, `Service` (v1), `Deployment` (apps/v1),
+//! `EndpointSlice` (discovery.k8s.io/v1), the routes and `XBackendTrafficPolicy` of the Gateway API, and
+//! Warren's own `TrafficPolicy`; `List` is unpacked; other kinds are skipped.
 //!
 //! Invariants: a mistake costs its own document and nothing else, and all mistakes of all documents are
 //! reported at once, each with file, line, object and field. Files are read in the order of their

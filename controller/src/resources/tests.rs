@@ -1,7 +1,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use mesh_api::proto::mesh::{EndpointSlice, Mode, Service};
+use mesh_api::proto::mesh::{
+    BackendTrafficPolicy, EndpointSlice, Mode, Route, Service, TrafficPolicy,
+};
 use prost::Message;
 
 use super::*;
@@ -106,6 +108,32 @@ fn a_version_says_the_content_and_nothing_else() {
     assert_eq!(a.slices, b.slices);
 }
 
+#[test]
+fn an_edit_of_a_route_changes_that_route_only() {
+    let enrolment = enrolment();
+    let first = build(&model(MANIFESTS), &enrolment, &[], &Snapshot::default());
+    let edited = MANIFESTS.replace("weight: 9", "weight: 8");
+    let next = build(&model(&edited), &enrolment, &[], &first);
+    let changed: Vec<_> = next
+        .routes
+        .iter()
+        .filter(|(name, resource)| first.routes.get(*name) != Some(resource))
+        .map(|(name, _)| &**name)
+        .collect();
+    assert_eq!(changed, ["httproute/demo/web"]);
+    assert!(Arc::ptr_eq(&first.concerns, &next.concerns));
+    assert!(Arc::ptr_eq(&first.services, &next.services));
+    assert!(Arc::ptr_eq(&first.traffic_policies, &next.traffic_policies));
+    assert!(Arc::ptr_eq(
+        &first.backend_traffic_policies,
+        &next.backend_traffic_policies
+    ));
+    // And what only says that it is another object changes nothing.
+    let renumbered = MANIFESTS.replace("generation: 3", "generation: 4");
+    let same = build(&model(&renumbered), &enrolment, &[], &first);
+    assert!(Arc::ptr_eq(&first.routes, &same.routes));
+}
+
 fn render(model: &Model, snapshot: &Snapshot) -> String {
     let mut text = String::new();
     for (name, resource) in &*snapshot.mesh {
@@ -156,11 +184,12 @@ fn render(model: &Model, snapshot: &Snapshot) -> String {
             .unwrap();
             writeln!(
                 text,
-                "  enrolled={} {:?} namespace={} at {}",
+                "  enrolled={} {:?} namespace={} at {} zone={:?}",
                 p.enrolled,
                 p.mode(),
                 p.namespace_opted_in,
-                ips(&p.addresses)
+                ips(&p.addresses),
+                p.zone
             )
             .unwrap();
             writeln!(
@@ -206,11 +235,48 @@ fn render(model: &Model, snapshot: &Snapshot) -> String {
             .unwrap();
         }
     }
+    text.push('\n');
+    render_table::<Route>(&mut text, "Route", &snapshot.routes);
+    render_table::<BackendTrafficPolicy>(
+        &mut text,
+        "BackendTrafficPolicy",
+        &snapshot.backend_traffic_policies,
+    );
+    render_table::<TrafficPolicy>(&mut text, "TrafficPolicy", &snapshot.traffic_policies);
+    writeln!(text, "concerns {:#?}", snapshot.concerns).unwrap();
+    for status in &model.statuses {
+        writeln!(text, "status {}", status.key()).unwrap();
+        for parent in &status.parents {
+            let of = serde_json::to_string(&parent.parent_ref).unwrap();
+            writeln!(text, "  {of}").unwrap();
+            for c in &parent.conditions {
+                let line = format!("    {}={} {}: {}", c.kind, c.status, c.reason, c.message);
+                writeln!(text, "{}", line.trim_end()).unwrap();
+            }
+        }
+    }
     writeln!(text, "\nnamespaces {:?}", snapshot.namespaces_of_node).unwrap();
     for warning in model.warnings.iter().chain(&snapshot.warnings) {
         writeln!(text, "warning {warning}").unwrap();
     }
     text
+}
+
+/// As they are, without what is unset.
+fn render_table<T: Typed + std::fmt::Debug>(text: &mut String, name: &str, table: &Table) {
+    for (key, resource) in table {
+        let message = T::decode(resource.body.clone()).unwrap();
+        writeln!(text, "{name} {key}").unwrap();
+        let unset = [": None,", ": [],", ": \"\",", ": 0,", ": false,"];
+        let debug = format!("{message:#?}");
+        for line in debug
+            .lines()
+            .filter(|l| !unset.iter().any(|u| l.ends_with(u)))
+        {
+            writeln!(text, "  {line}").unwrap();
+        }
+        text.push('\n');
+    }
 }
 
 fn ips(addresses: &[Bytes]) -> String {

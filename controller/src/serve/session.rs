@@ -8,8 +8,9 @@
 //! Invariant: `sent` is what the client holds, or will hold once it has read what is in flight. A rejected
 //! resource is not repeated until it changes.
 
+mod view;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_api::identity::NodeRole;
@@ -17,8 +18,9 @@ use mesh_api::proto::Resource as _;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use mesh_api::proto::mesh;
 
+use self::view::View;
 use crate::enrolment::Progress;
-use crate::resources::{self, Snapshot, Table};
+use crate::resources::Snapshot;
 
 /// The types of resources, in the order they are sent: parents before children.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,15 +30,21 @@ pub(crate) enum Kind {
     Workload,
     Service,
     EndpointSlice,
+    Route,
+    BackendTrafficPolicy,
+    TrafficPolicy,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] = [
+    const ALL: [Kind; 8] = [
         Kind::MeshConfig,
         Kind::NodePod,
         Kind::Workload,
         Kind::Service,
         Kind::EndpointSlice,
+        Kind::Route,
+        Kind::BackendTrafficPolicy,
+        Kind::TrafficPolicy,
     ];
 
     pub(crate) fn type_url(self) -> &'static str {
@@ -46,6 +54,9 @@ impl Kind {
             Kind::Workload => mesh::Workload::TYPE_URL,
             Kind::Service => mesh::Service::TYPE_URL,
             Kind::EndpointSlice => mesh::EndpointSlice::TYPE_URL,
+            Kind::Route => mesh::Route::TYPE_URL,
+            Kind::BackendTrafficPolicy => mesh::BackendTrafficPolicy::TYPE_URL,
+            Kind::TrafficPolicy => mesh::TrafficPolicy::TYPE_URL,
         }
     }
 
@@ -63,7 +74,23 @@ impl Kind {
         match self {
             Kind::MeshConfig => true,
             Kind::NodePod => role == NodeRole::Agent,
-            Kind::Workload | Kind::Service | Kind::EndpointSlice => role == NodeRole::Proxy,
+            Kind::Workload
+            | Kind::Service
+            | Kind::EndpointSlice
+            | Kind::Route
+            | Kind::BackendTrafficPolicy
+            | Kind::TrafficPolicy => role == NodeRole::Proxy,
+        }
+    }
+
+    /// What `*` means depends on the Services this stream has been sent.
+    fn follows_services(self, snapshot: &Snapshot) -> bool {
+        match self {
+            Kind::EndpointSlice => true,
+            Kind::Route | Kind::BackendTrafficPolicy | Kind::TrafficPolicy => {
+                !snapshot.services_complete
+            }
+            Kind::MeshConfig | Kind::NodePod | Kind::Workload | Kind::Service => false,
         }
     }
 }
@@ -176,17 +203,18 @@ impl Session {
     ) -> Vec<(Kind, DeltaDiscoveryResponse)> {
         let mut responses = Vec::new();
         for kind in Kind::ALL {
-            // The slices follow the Services this stream has been sent: before those are compared, no
-            // slice would be wanted, and the ones the client holds would be removed.
+            // Some follow the Services this stream has been sent: before those are compared, no slice
+            // would be wanted, and the ones the client holds would be removed.
             let services_pending = || {
                 self.subscriptions
                     .get(&Kind::Service)
                     .is_none_or(|s| s.owed)
             };
-            if kind == Kind::EndpointSlice && services_pending() {
+            let follows_services = kind.follows_services(snapshot);
+            if follows_services && services_pending() {
                 continue;
             }
-            let services = (kind == Kind::EndpointSlice)
+            let services = follows_services
                 .then(|| self.subscriptions.get(&Kind::Service))
                 .flatten()
                 .map(|s| s.sent.keys().cloned().collect())
@@ -396,100 +424,6 @@ impl Subscription {
             .collect();
         aliases.sort();
         aliases
-    }
-}
-
-/// One type of a snapshot, as one node may see it.
-struct View<'a> {
-    snapshot: &'a Arc<Snapshot>,
-    node: &'a str,
-    kind: Kind,
-    /// For EndpointSlices: the Services this stream has been sent.
-    services: BTreeSet<Arc<str>>,
-}
-
-impl View<'_> {
-    fn table(&self, snapshot: &Snapshot) -> Arc<Table> {
-        match self.kind {
-            Kind::MeshConfig => snapshot.mesh.clone(),
-            Kind::NodePod => snapshot
-                .node_pods
-                .get(self.node)
-                .cloned()
-                .unwrap_or_default(),
-            Kind::Workload => snapshot.workloads.clone(),
-            Kind::Service => snapshot.services.clone(),
-            Kind::EndpointSlice => snapshot.slices.clone(),
-        }
-    }
-
-    /// Whether `old` holds the same for this node. May say no where it does.
-    fn same_as(&self, old: &Snapshot) -> bool {
-        let services_same = || {
-            Arc::ptr_eq(&old.services, &self.snapshot.services)
-                && Arc::ptr_eq(&old.namespaces_of_node, &self.snapshot.namespaces_of_node)
-        };
-        let table = self.table(old);
-        let same_table = Arc::ptr_eq(&table, &self.table(self.snapshot));
-        match self.kind {
-            Kind::MeshConfig | Kind::Workload => same_table,
-            Kind::NodePod => {
-                same_table || (table.is_empty() && self.table(self.snapshot).is_empty())
-            }
-            Kind::Service => services_same(),
-            // Which Services were sent can change by a subscription too.
-            Kind::EndpointSlice => false,
-        }
-    }
-
-    /// The resource a subscribed name means.
-    fn resolve(&self, name: &str) -> Option<Arc<str>> {
-        if self.kind == Kind::Service
-            && let Some(address) = name.strip_prefix("address/")
-        {
-            let address: IpAddr = address.parse().ok()?;
-            return self
-                .snapshot
-                .service_by_address
-                .get(&address.to_canonical())
-                .cloned();
-        }
-        let table = self.table(self.snapshot);
-        table.get_key_value(name).map(|(name, _)| name.clone())
-    }
-
-    /// Everything the client should hold.
-    fn wanted(&self, subscription: &Subscription) -> BTreeMap<Arc<str>, Arc<resources::Resource>> {
-        let table = self.table(self.snapshot);
-        let mut wanted = BTreeMap::new();
-        if subscription.wildcard {
-            let all = table.iter().filter(|(name, _)| self.in_wildcard(name));
-            wanted.extend(all.map(|(n, r)| (n.clone(), r.clone())));
-        }
-        for name in subscription.names.iter().filter_map(|n| self.resolve(n)) {
-            if let Some(resource) = table.get(&name) {
-                wanted.insert(name, resource.clone());
-            }
-        }
-        wanted
-    }
-
-    /// Whether `*` means the resource.
-    fn in_wildcard(&self, name: &Arc<str>) -> bool {
-        match self.kind {
-            Kind::MeshConfig | Kind::NodePod | Kind::Workload => true,
-            Kind::Service => {
-                self.snapshot.services_complete
-                    || name.split_once('/').is_some_and(|(namespace, _)| {
-                        let node = self.snapshot.namespaces_of_node.get(self.node);
-                        node.is_some_and(|namespaces| namespaces.contains(namespace))
-                    })
-            }
-            Kind::EndpointSlice => {
-                let service = self.snapshot.service_of_slice.get(name);
-                service.is_some_and(|s| self.services.contains(s))
-            }
-        }
     }
 }
 

@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 
 use crate::common::{DEMO, Lab, versions};
 use mesh_api::proto::discovery::DeltaDiscoveryRequest;
-use mesh_api::proto::mesh::{EndpointSlice, MeshConfig, NodePod, Service, Workload};
+use mesh_api::proto::mesh::{
+    BackendTrafficPolicy, EndpointSlice, MeshConfig, NodePod, Route, Service, TrafficPolicy,
+    Workload,
+};
 
 fn names<T>(items: &[T], name: impl Fn(&T) -> &str) -> BTreeSet<String> {
     items.iter().map(|i| name(i).to_owned()).collect()
@@ -232,4 +235,115 @@ async fn a_type_the_controller_does_not_know_is_ignored() {
     proxy.requests.send(request).await.unwrap();
     proxy.subscribe::<Workload>(&["*"]).await;
     assert_eq!(proxy.take::<Workload>().await.0.len(), 0);
+}
+
+const ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: demo}\nspec:\n  \
+    parentRefs: [{group: '', kind: Service, name: web}]\n  rules: [{backendRefs: [{name: web, port: 80, weight: 1}]}]\n";
+const BUSY: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: GRPCRoute\nmetadata: {name: rpc, namespace: other}\nspec:\n  \
+    parentRefs: [{group: '', kind: Service, name: web, namespace: demo}]\n  rules: [{backendRefs: [{name: web, namespace: demo, port: 80}]}]\n";
+const POLICY: &str = "apiVersion: warren-mesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: demo}\nspec:\n  \
+    targetRefs: [{kind: Service, name: web}]\n  timeouts: {request: 1s}\n";
+
+/// A proxy holds all routes and policies; an edit is one resource, a removal one name.
+#[tokio::test]
+async fn a_proxy_is_sent_routes_and_policies() {
+    let lab = Lab::start(&format!("{DEMO}---\n{ROUTE}---\n{BUSY}---\n{POLICY}")).await;
+    let mut proxy = lab.proxy("node-1").await;
+    // No Services are needed for it while every node is sent all.
+    proxy.subscribe::<Route>(&["*"]).await;
+    let (routes, _) = proxy.take::<Route>().await;
+    let both = ["rpc".to_owned(), "web".to_owned()];
+    assert_eq!(names(&routes, |r| &r.name), both.into());
+    proxy.subscribe::<TrafficPolicy>(&["*"]).await;
+    let (policies, _) = proxy.take::<TrafficPolicy>().await;
+    assert_eq!(policies[0].timeouts.unwrap().request_ms, Some(1_000));
+    proxy.subscribe::<BackendTrafficPolicy>(&["*"]).await;
+    let (policies, _) = proxy.take::<BackendTrafficPolicy>().await;
+    assert_eq!(policies, [], "answered although there is none");
+
+    lab.edit("weight: 1}", "weight: 2}");
+    let (routes, removed) = proxy.take::<Route>().await;
+    assert_eq!((routes.len(), removed.len()), (1, 0));
+    assert_eq!(routes[0].rules[0].backends[0].weight, 2);
+    // A mistake costs nothing: the last good version stays.
+    lab.edit("weight: 2}", "weight: -2}");
+    lab.edit("timeouts: {request: 1s}", "timeouts: {request: 2s}");
+    let (policies, _) = proxy.take::<TrafficPolicy>().await;
+    assert_eq!(policies[0].timeouts.unwrap().request_ms, Some(2_000));
+    assert_eq!(lab.metric("warren_controller_manifest_mistakes"), 1.0);
+    lab.edit("weight: -2}", "weight: 3}");
+    let (routes, _) = proxy.take::<Route>().await;
+    assert_eq!(routes[0].rules[0].backends[0].weight, 3);
+    // Its parent goes, and the route is nobody's.
+    lab.edit(
+        "name: web, namespace: demo}\nspec:\n  clusterIP",
+        "name: was, namespace: demo}\nspec:\n  clusterIP",
+    );
+    let (_, removed) = proxy.take::<Route>().await;
+    assert_eq!(removed, ["grpcroute/other/rpc", "httproute/demo/web"]);
+    let status = lab.controller.hub().status();
+    let said = &status["routes"][0]["parents"][0]["conditions"][0];
+    assert_eq!(said["reason"], "NoMatchingParent", "{status:#}");
+}
+
+/// Above a thousand Services: those of the node's namespaces and of the Services it holds, which come with
+/// the Services that their routes send to.
+#[tokio::test]
+async fn above_a_thousand_services_a_node_is_sent_the_routes_that_concern_it() {
+    let mut manifests = format!("{DEMO}---\n{ROUTE}");
+    for i in 0..1000 {
+        let (a, b) = (i / 250, i % 250 + 1);
+        write!(
+            manifests,
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{i}, namespace: other}}\n\
+             spec: {{clusterIP: 10.97.{a}.{b}, ports: [{{port: 80}}]}}\n"
+        )
+        .unwrap();
+    }
+    // `web` also sends to s7; the route of s1 is another namespace's business, as is its policy.
+    let to = |name: &str, backend: &str| {
+        let route = ROUTE.replace("namespace: demo}\nspec", "namespace: other}\nspec");
+        let route = route.replace(
+            "name: web, namespace: other}",
+            &format!("name: {name}, namespace: other}}"),
+        );
+        route
+            .replace(
+                "kind: Service, name: web}",
+                &format!("kind: Service, name: {name}}}"),
+            )
+            .replace("name: web, port", &format!("name: {backend}, port"))
+    };
+    let manifests = manifests.replace(
+        "backendRefs: [{name: web, port: 80, weight: 1}]",
+        "backendRefs: [{name: s7, namespace: other, port: 80}]",
+    );
+    let (policy, of_route) = (
+        to("s1", "s2"),
+        POLICY.replace("namespace: demo", "namespace: other"),
+    );
+    let of_route = of_route.replace(
+        "{kind: Service, name: web}",
+        "{group: gateway.networking.k8s.io, kind: HTTPRoute, name: s1}",
+    );
+    let lab = Lab::start(&format!("{manifests}---\n{policy}---\n{of_route}")).await;
+    let mut proxy = lab.proxy("node-1").await;
+    proxy.subscribe::<Service>(&["*"]).await;
+    let (services, _) = proxy.take::<Service>().await;
+    let held = ["s7".to_owned(), "web".to_owned()];
+    assert_eq!(names(&services, |s| &s.name), held.into());
+    proxy.subscribe::<Route>(&["*"]).await;
+    let (routes, _) = proxy.take::<Route>().await;
+    assert_eq!(names(&routes, |r| &r.name), ["web".to_owned()].into());
+    proxy.subscribe::<TrafficPolicy>(&["*"]).await;
+    assert_eq!(proxy.take::<TrafficPolicy>().await.0, []);
+    // With the Service come its route, the route's backend and the route's policy.
+    proxy.subscribe::<Service>(&["address/10.97.0.2"]).await;
+    let (services, _) = proxy.take::<Service>().await;
+    let asked = ["s1".to_owned(), "s2".to_owned()];
+    assert_eq!(names(&services, |s| &s.name), asked.into());
+    let (routes, _) = proxy.take::<Route>().await;
+    assert_eq!(names(&routes, |r| &r.name), ["s1".to_owned()].into());
+    let (policies, _) = proxy.take::<TrafficPolicy>().await;
+    assert_eq!(names(&policies, |p| &p.name), ["web".to_owned()].into());
 }

@@ -159,3 +159,40 @@ fn translation_balances_over_ready_endpoints() {
         "{rules}"
     );
 }
+
+#[test]
+fn hints_follow_traffic_distribution() {
+    let hints = |distribution: Option<&str>, zones: &[(&str, &str)]| -> Vec<String> {
+        let mut spec = web();
+        if let Some(distribution) = distribution {
+            spec["trafficDistribution"] = distribution.into();
+        }
+        let mut cluster = cluster(spec);
+        cluster.zones = zones
+            .iter()
+            .map(|(node, zone)| ((*node).to_owned(), (*zone).to_owned()))
+            .collect();
+        let slices = all_slices(&cluster);
+        let endpoints = slices[0].endpoints.iter().flatten();
+        let text = |e: &Endpoint| {
+            let hints = e.hints.clone().unwrap_or_default();
+            let zones = hints.for_zones.unwrap_or_default();
+            let nodes = hints.for_nodes.unwrap_or_default();
+            let zones: Vec<_> = zones.into_iter().map(|z| z.name).collect();
+            let nodes: Vec<_> = nodes.into_iter().map(|n| n.name).collect();
+            let zone = e.zone.clone().unwrap_or_default();
+            format!("{zone}|{}|{}", zones.join(","), nodes.join(","))
+        };
+        endpoints.map(text).collect()
+    };
+    let both = [("node-1", "a"), ("node-2", "b")];
+    assert_eq!(hints(None, &both), ["a||", "b||"]);
+    for distribution in ["PreferClose", "PreferSameZone"] {
+        assert_eq!(hints(Some(distribution), &both), ["a|a|", "b|b|"]);
+        // One without a zone: a hint would send its share to the others.
+        assert_eq!(hints(Some(distribution), &both[..1]), ["a||", "||"]);
+    }
+    let same_node = hints(Some("PreferSameNode"), &both);
+    assert_eq!(same_node, ["a|a|node-1", "b|b|node-2"]);
+    assert_eq!(hints(Some("PreferSameNode"), &[]), ["||node-1", "||node-2"]);
+}

@@ -9,19 +9,12 @@ use k8s_openapi::api::core::v1 as k8s;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use mesh_api::names::{MESH_LABEL, MODE_LABEL};
 
-use super::locate::Step;
 use super::object::Object;
 use crate::model::{
     Exclusions, FieldMistake, mesh_label, mode_label, probe_mistakes, tunnel_annotation,
 };
-
-/// A path in an object.
-macro_rules! path {
-    ($($step:expr),*) => { vec![$(Step::from($step)),*] };
-}
-
-/// A path and what was expected there.
-pub(super) type Found = (Vec<Step>, String);
+use crate::providers::field::{Found, Step, below, steps};
+use crate::providers::{gateway, traffic_policy};
 
 /// Everything that is wrong with an object.
 pub(super) fn mistakes(object: &Object) -> Vec<Found> {
@@ -41,7 +34,7 @@ pub(super) fn mistakes(object: &Object) -> Vec<Found> {
         }
         Object::Deployment(o) => {
             let template = o.spec.as_ref().map(|s| &s.template);
-            let mut at = path!["spec", "template"];
+            let mut at = steps!["spec", "template"];
             if let Some(metadata) = template.and_then(|t| t.metadata.as_ref()) {
                 pod_metadata(metadata, &at, &mut found);
             }
@@ -52,26 +45,22 @@ pub(super) fn mistakes(object: &Object) -> Vec<Found> {
                 .and_then(|s| s.replicas)
                 .is_some_and(|n| n < 0)
             {
-                found.push((path!["spec", "replicas"], "expected 0 or more".into()));
+                found.push((steps!["spec", "replicas"], "expected 0 or more".into()));
             }
         }
         Object::Service(o) => service(o, &mut found),
         Object::EndpointSlice(o) => slice(o, &mut found),
         Object::ServiceAccount(_) => {}
+        Object::HttpRoute(o) => found.extend(gateway::check::http_route(&o.spec)),
+        Object::GrpcRoute(o) => found.extend(gateway::check::grpc_route(&o.spec)),
+        Object::TlsRoute(o) => found.extend(gateway::check::tls_route(&o.spec)),
+        Object::TcpRoute(o) => found.extend(gateway::check::tcp_route(&o.spec)),
+        Object::BackendTrafficPolicy(o) => {
+            found.extend(gateway::check::backend_traffic_policy(&o.spec));
+        }
+        Object::TrafficPolicy(o) => found.extend(traffic_policy::check::mistakes(&o.spec)),
     }
     found
-}
-
-impl From<&str> for Step {
-    fn from(key: &str) -> Self {
-        Step::Key(key.into())
-    }
-}
-
-impl From<usize> for Step {
-    fn from(index: usize) -> Self {
-        Step::Index(index)
-    }
 }
 
 fn metadata(object: &Object, found: &mut Vec<Found>) {
@@ -79,18 +68,18 @@ fn metadata(object: &Object, found: &mut Vec<Found>) {
     let name = metadata.name.as_deref().unwrap_or_default();
     if name.is_empty() {
         found.push((
-            path!["metadata", "name"],
+            steps!["metadata", "name"],
             "expected the name of the object".into(),
         ));
     } else if !is_dns_name(name) {
         let message = format!("expected a name of a-z, 0-9, '-' and '.', found {name:?}");
-        found.push((path!["metadata", "name"], message));
+        found.push((steps!["metadata", "name"], message));
     }
     if let Some(namespace) = &metadata.namespace
         && (!is_dns_name(namespace) || namespace.contains('.'))
     {
         let message = format!("expected a name of a-z, 0-9 and '-', found {namespace:?}");
-        found.push((path!["metadata", "namespace"], message));
+        found.push((steps!["metadata", "namespace"], message));
     }
 }
 
@@ -105,7 +94,7 @@ fn pod_metadata(
         let (_, mut mistakes) = Exclusions::read(annotations);
         mistakes.extend(tunnel_annotation(annotations).err());
         for FieldMistake { key, message } in mistakes {
-            own.push((path!["metadata", "annotations", key], message));
+            own.push((steps!["metadata", "annotations", key], message));
         }
     }
     found.extend(
@@ -121,7 +110,7 @@ fn pod_spec(spec: Option<&k8s::PodSpec>, at: &[Step], found: &mut Vec<Found>) {
     };
     if spec.containers.is_empty() {
         found.push((
-            below(at, path!["containers"]),
+            below(at, steps!["containers"]),
             "expected at least one container".into(),
         ));
     }
@@ -132,7 +121,7 @@ fn pod_spec(spec: Option<&k8s::PodSpec>, at: &[Step], found: &mut Vec<Found>) {
         ("initContainers", init),
     ] {
         for (i, container) in containers.iter().enumerate() {
-            let name = below(at, path![list, i, "name"]);
+            let name = below(at, steps![list, i, "name"]);
             if container.name.is_empty() {
                 found.push((name, "expected the name of the container".into()));
             } else if !names.insert(&container.name) {
@@ -142,13 +131,13 @@ fn pod_spec(spec: Option<&k8s::PodSpec>, at: &[Step], found: &mut Vec<Found>) {
                 ));
             }
             for (j, p) in container.ports.iter().flatten().enumerate() {
-                let path = below(at, path![list, i, "ports", j, "containerPort"]);
+                let path = below(at, steps![list, i, "ports", j, "containerPort"]);
                 port(p.container_port, path, found);
             }
         }
     }
     for mistake in probe_mistakes(spec) {
-        let path = path![mistake.list, mistake.index, mistake.field];
+        let path = steps![mistake.list, mistake.index, mistake.field];
         found.push((below(at, path), mistake.message));
     }
 }
@@ -156,10 +145,10 @@ fn pod_spec(spec: Option<&k8s::PodSpec>, at: &[Step], found: &mut Vec<Found>) {
 fn pod_status(pod: &k8s::Pod, found: &mut Vec<Found>) {
     let Some(status) = &pod.status else { return };
     for (i, ip) in status.pod_ips.iter().flatten().enumerate() {
-        address(&ip.ip, path!["status", "podIPs", i, "ip"], found);
+        address(&ip.ip, steps!["status", "podIPs", i, "ip"], found);
     }
     if let Some(ip) = &status.pod_ip {
-        address(ip, path!["status", "podIP"], found);
+        address(ip, steps!["status", "podIP"], found);
     }
 }
 
@@ -174,7 +163,7 @@ fn node(node: &k8s::Node, found: &mut Vec<Found>) {
     {
         address(
             &a.address,
-            path!["status", "addresses", i, "address"],
+            steps!["status", "addresses", i, "address"],
             found,
         );
     }
@@ -182,37 +171,37 @@ fn node(node: &k8s::Node, found: &mut Vec<Found>) {
 
 fn service(service: &k8s::Service, found: &mut Vec<Found>) {
     let Some(spec) = &service.spec else {
-        found.push((path!["spec"], "expected what the Service is for".into()));
+        found.push((steps!["spec"], "expected what the Service is for".into()));
         return;
     };
     let external = spec.type_.as_deref() == Some("ExternalName");
     let ports = spec.ports.as_deref().unwrap_or_default();
     if ports.is_empty() && !external && spec.cluster_ip.as_deref() != Some("None") {
-        found.push((path!["spec", "ports"], "expected at least one port".into()));
+        found.push((steps!["spec", "ports"], "expected at least one port".into()));
     }
     let mut names = BTreeSet::new();
     for (i, p) in ports.iter().enumerate() {
-        port(p.port, path!["spec", "ports", i, "port"], found);
+        port(p.port, steps!["spec", "ports", i, "port"], found);
         if let Some(number) = p.node_port.filter(|n| *n != 0) {
-            port(number, path!["spec", "ports", i, "nodePort"], found);
+            port(number, steps!["spec", "ports", i, "nodePort"], found);
         }
         protocol(
             p.protocol.as_deref(),
-            path!["spec", "ports", i, "protocol"],
+            steps!["spec", "ports", i, "protocol"],
             found,
         );
         let name = p.name.as_deref().unwrap_or_default();
         if name.is_empty() && ports.len() > 1 {
             let message = "expected a name, as there are several ports";
-            found.push((path!["spec", "ports", i, "name"], message.into()));
+            found.push((steps!["spec", "ports", i, "name"], message.into()));
         } else if !names.insert(name) {
             let message = format!("{name:?} is taken by another port");
-            found.push((path!["spec", "ports", i, "name"], message));
+            found.push((steps!["spec", "ports", i, "name"], message));
         }
     }
     let is_address = |text: &&String| !text.is_empty() && *text != "None";
     if let Some(ip) = spec.cluster_ip.as_ref().filter(is_address) {
-        address(ip, path!["spec", "clusterIP"], found);
+        address(ip, steps!["spec", "clusterIP"], found);
     }
     for (field, list) in [
         ("clusterIPs", &spec.cluster_ips),
@@ -224,7 +213,7 @@ fn service(service: &k8s::Service, found: &mut Vec<Found>) {
             .enumerate()
             .filter(|(_, ip)| is_address(ip))
         {
-            address(ip, path!["spec", field, i], found);
+            address(ip, steps!["spec", field, i], found);
         }
     }
 }
@@ -236,24 +225,24 @@ fn slice(slice: &EndpointSlice, found: &mut Vec<Found>) {
         "FQDN" => return,
         other => {
             let message = format!("expected IPv4, IPv6 or FQDN, found {other:?}");
-            found.push((path!["addressType"], message));
+            found.push((steps!["addressType"], message));
             return;
         }
     };
     for (i, p) in slice.ports.iter().flatten().enumerate() {
         if let Some(number) = p.port {
-            port(number, path!["ports", i, "port"], found);
+            port(number, steps!["ports", i, "port"], found);
         }
-        protocol(p.protocol.as_deref(), path!["ports", i, "protocol"], found);
+        protocol(p.protocol.as_deref(), steps!["ports", i, "protocol"], found);
     }
     for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
         if endpoint.addresses.is_empty() {
             let message = "expected at least one address";
-            found.push((path!["endpoints", i, "addresses"], message.into()));
+            found.push((steps!["endpoints", i, "addresses"], message.into()));
         }
         for (j, text) in endpoint.addresses.iter().enumerate() {
             if !text.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv4() == v4) {
-                let path = path!["endpoints", i, "addresses", j];
+                let path = steps!["endpoints", i, "addresses", j];
                 let message = format!("expected an {} address, found {text:?}", slice.address_type);
                 found.push((path, message));
             }
@@ -270,7 +259,7 @@ fn label<T>(
     if let Some(value) = labels.and_then(|l| l.get(key))
         && let Err(mistake) = read(value)
     {
-        found.push((path!["metadata", "labels", key], mistake.message));
+        found.push((steps!["metadata", "labels", key], mistake.message));
     }
 }
 
@@ -291,10 +280,6 @@ fn address(text: &str, path: Vec<Step>, found: &mut Vec<Found>) {
     if text.parse::<IpAddr>().is_err() {
         found.push((path, format!("expected an IP address, found {text:?}")));
     }
-}
-
-fn below(at: &[Step], path: Vec<Step>) -> Vec<Step> {
-    at.iter().cloned().chain(path).collect()
 }
 
 /// DNS-1123 subdomain.

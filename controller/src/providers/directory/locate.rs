@@ -7,30 +7,7 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// One step from a value to one inside it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Step {
-    Key(String),
-    Index(usize),
-}
-
-/// Writes a path for a reader: `spec.ports[0].port`, `metadata.annotations["example.com/x"]`.
-pub(super) fn display(path: &[Step]) -> String {
-    let mut text = String::new();
-    for step in path {
-        match step {
-            Step::Index(i) => text.push_str(&format!("[{i}]")),
-            Step::Key(k) if k.contains(['.', '/', '[']) => text.push_str(&format!("[{k:?}]")),
-            Step::Key(k) => {
-                if !text.is_empty() {
-                    text.push('.');
-                }
-                text.push_str(k);
-            }
-        }
-    }
-    text
-}
+use crate::providers::field::Step;
 
 /// How a document's text is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,10 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::Value;
+
+use crate::providers::gateway::{BackendTrafficPolicy, GrpcRoute, HttpRoute, TcpRoute, TlsRoute};
+use crate::providers::traffic_policy::TrafficPolicy;
 
 /// A typed object. Cheap to clone.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +29,18 @@ pub enum Object {
     Service(Arc<Service>),
     /// discovery.k8s.io/v1 EndpointSlice
     EndpointSlice(Arc<EndpointSlice>),
+    /// gateway.networking.k8s.io/v1 HTTPRoute
+    HttpRoute(Arc<HttpRoute>),
+    /// gateway.networking.k8s.io/v1 GRPCRoute
+    GrpcRoute(Arc<GrpcRoute>),
+    /// gateway.networking.k8s.io/v1 TLSRoute
+    TlsRoute(Arc<TlsRoute>),
+    /// gateway.networking.k8s.io/v1 TCPRoute
+    TcpRoute(Arc<TcpRoute>),
+    /// gateway.networking.x-k8s.io/v1alpha1 XBackendTrafficPolicy
+    BackendTrafficPolicy(Arc<BackendTrafficPolicy>),
+    /// warren-mesh.io/v1alpha1 TrafficPolicy
+    TrafficPolicy(Arc<TrafficPolicy>),
 }
 
 /// What identifies an object: kind, namespace (empty for cluster-scoped kinds) and name.
@@ -70,6 +86,12 @@ impl Object {
             Object::Deployment(_) => "Deployment",
             Object::Service(_) => "Service",
             Object::EndpointSlice(_) => "EndpointSlice",
+            Object::HttpRoute(_) => "HTTPRoute",
+            Object::GrpcRoute(_) => "GRPCRoute",
+            Object::TlsRoute(_) => "TLSRoute",
+            Object::TcpRoute(_) => "TCPRoute",
+            Object::BackendTrafficPolicy(_) => "XBackendTrafficPolicy",
+            Object::TrafficPolicy(_) => "TrafficPolicy",
         }
     }
 
@@ -83,17 +105,95 @@ impl Object {
             Object::Deployment(o) => &o.metadata,
             Object::Service(o) => &o.metadata,
             Object::EndpointSlice(o) => &o.metadata,
+            Object::HttpRoute(o) => &o.metadata,
+            Object::GrpcRoute(o) => &o.metadata,
+            Object::TlsRoute(o) => &o.metadata,
+            Object::TcpRoute(o) => &o.metadata,
+            Object::BackendTrafficPolicy(o) => &o.metadata,
+            Object::TrafficPolicy(o) => &o.metadata,
         }
+    }
+
+    /// The object's metadata, to be changed.
+    pub fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        match self {
+            Object::Namespace(o) => &mut Arc::make_mut(o).metadata,
+            Object::ServiceAccount(o) => &mut Arc::make_mut(o).metadata,
+            Object::Node(o) => &mut Arc::make_mut(o).metadata,
+            Object::Pod(o) => &mut Arc::make_mut(o).metadata,
+            Object::Deployment(o) => &mut Arc::make_mut(o).metadata,
+            Object::Service(o) => &mut Arc::make_mut(o).metadata,
+            Object::EndpointSlice(o) => &mut Arc::make_mut(o).metadata,
+            Object::HttpRoute(o) => &mut Arc::make_mut(o).metadata,
+            Object::GrpcRoute(o) => &mut Arc::make_mut(o).metadata,
+            Object::TlsRoute(o) => &mut Arc::make_mut(o).metadata,
+            Object::TcpRoute(o) => &mut Arc::make_mut(o).metadata,
+            Object::BackendTrafficPolicy(o) => &mut Arc::make_mut(o).metadata,
+            Object::TrafficPolicy(o) => &mut Arc::make_mut(o).metadata,
+        }
+    }
+
+    /// The object as JSON, in the form it was read from.
+    pub fn to_json(&self) -> Value {
+        let json = match self {
+            Object::Namespace(o) => serde_json::to_value(&**o),
+            Object::ServiceAccount(o) => serde_json::to_value(&**o),
+            Object::Node(o) => serde_json::to_value(&**o),
+            Object::Pod(o) => serde_json::to_value(&**o),
+            Object::Deployment(o) => serde_json::to_value(&**o),
+            Object::Service(o) => serde_json::to_value(&**o),
+            Object::EndpointSlice(o) => serde_json::to_value(&**o),
+            Object::HttpRoute(o) => serde_json::to_value(&**o),
+            Object::GrpcRoute(o) => serde_json::to_value(&**o),
+            Object::TlsRoute(o) => serde_json::to_value(&**o),
+            Object::TcpRoute(o) => serde_json::to_value(&**o),
+            Object::BackendTrafficPolicy(o) => serde_json::to_value(&**o),
+            Object::TrafficPolicy(o) => serde_json::to_value(&**o),
+        };
+        // All keys are text: serialising cannot fail.
+        json.unwrap_or_default()
     }
 }
 
-/// The kinds that are read: kind, apiVersion, whether it lives in a namespace.
-pub(super) const KINDS: [(&str, &str, bool); 7] = [
-    ("Namespace", "v1", false),
-    ("ServiceAccount", "v1", true),
-    ("Node", "v1", false),
-    ("Pod", "v1", true),
-    ("Deployment", "apps/v1", true),
-    ("Service", "v1", true),
-    ("EndpointSlice", "discovery.k8s.io/v1", true),
+/// The kinds that are read: kind, the versions that are taken, whether it lives in a namespace.
+pub(super) const KINDS: [(&str, &[&str], bool); 13] = [
+    ("Namespace", &["v1"], false),
+    ("ServiceAccount", &["v1"], true),
+    ("Node", &["v1"], false),
+    ("Pod", &["v1"], true),
+    ("Deployment", &["apps/v1"], true),
+    ("Service", &["v1"], true),
+    ("EndpointSlice", &["discovery.k8s.io/v1"], true),
+    (
+        "HTTPRoute",
+        &[
+            "gateway.networking.k8s.io/v1",
+            "gateway.networking.k8s.io/v1beta1",
+        ],
+        true,
+    ),
+    ("GRPCRoute", &["gateway.networking.k8s.io/v1"], true),
+    (
+        "TLSRoute",
+        &[
+            "gateway.networking.k8s.io/v1",
+            "gateway.networking.k8s.io/v1alpha3",
+            "gateway.networking.k8s.io/v1alpha2",
+        ],
+        true,
+    ),
+    (
+        "TCPRoute",
+        &[
+            "gateway.networking.k8s.io/v1",
+            "gateway.networking.k8s.io/v1alpha2",
+        ],
+        true,
+    ),
+    (
+        "XBackendTrafficPolicy",
+        &["gateway.networking.x-k8s.io/v1alpha1"],
+        true,
+    ),
+    ("TrafficPolicy", &["warren-mesh.io/v1alpha1"], true),
 ];

@@ -12,9 +12,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_norway::Value;
 
-use super::locate::{Format, Step, display, line_of};
+use super::locate::{Format, line_of};
 use super::object::{KINDS, Object, ObjectKey};
 use super::{Document, Mistake, Parsed, check};
+use crate::providers::field::{Step, display};
+use crate::providers::gateway::Custom;
 
 /// Reads the documents in `text`; `path` only names the file in mistakes and tells JSON by its ending.
 pub fn parse_text(path: &Path, text: &str) -> Parsed {
@@ -138,12 +140,12 @@ impl Source<'_> {
             }
             return;
         }
-        let Some((_, wanted, namespaced)) = KINDS.into_iter().find(|k| k.0 == kind) else {
+        let Some((_, versions, namespaced)) = KINDS.into_iter().find(|k| k.0 == kind) else {
             tracing::debug!(file = %self.file.display(), kind, "kind is not used, skipped");
             return;
         };
         let group = |version: &str| version.rsplit_once('/').map_or("", |(g, _)| g).to_owned();
-        if api_version.is_some_and(|v| v != wanted && group(v) != group(wanted)) {
+        if api_version.is_some_and(|v| group(v) != group(versions[0])) {
             // Another API group's kind of the same name.
             tracing::debug!(file = %self.file.display(), kind, api_version, "kind is not used, skipped");
             return;
@@ -162,7 +164,8 @@ impl Source<'_> {
             name,
         });
         let before = self.mistakes.len();
-        if api_version != Some(wanted) {
+        if api_version.is_none_or(|v| !versions.contains(&v)) {
+            let wanted = versions.join(" or ");
             self.mistake(&child(at, "apiVersion"), format!("expected {wanted}"));
             return;
         }
@@ -174,6 +177,12 @@ impl Source<'_> {
             "Deployment" => self.typed(value, at).map(Object::Deployment),
             "Service" => self.typed(value, at).map(Object::Service),
             "EndpointSlice" => self.typed(value, at).map(Object::EndpointSlice),
+            "HTTPRoute" => self.typed(value, at).map(Object::HttpRoute),
+            "GRPCRoute" => self.typed(value, at).map(Object::GrpcRoute),
+            "TLSRoute" => self.typed(value, at).map(Object::TlsRoute),
+            "TCPRoute" => self.typed(value, at).map(Object::TcpRoute),
+            "XBackendTrafficPolicy" => self.typed(value, at).map(Object::BackendTrafficPolicy),
+            "TrafficPolicy" => self.typed(value, at).map(Object::TrafficPolicy),
             // KINDS was searched above.
             _ => None,
         };
@@ -285,6 +294,12 @@ trait Meta {
 impl<T: k8s_openapi::Metadata<Ty = ObjectMeta>> Meta for T {
     fn metadata_mut(&mut self) -> &mut ObjectMeta {
         k8s_openapi::Metadata::metadata_mut(self)
+    }
+}
+
+impl<S> Meta for Custom<S> {
+    fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
     }
 }
 

@@ -124,6 +124,14 @@ fn objects<'a>(all: impl Iterator<Item = &'a Object>) -> Objects {
                 }
                 objects.pods.insert(name, pod);
             }
+            Object::HttpRoute(o) => drop(objects.http_routes.insert(name, o.clone())),
+            Object::GrpcRoute(o) => drop(objects.grpc_routes.insert(name, o.clone())),
+            Object::TlsRoute(o) => drop(objects.tls_routes.insert(name, o.clone())),
+            Object::TcpRoute(o) => drop(objects.tcp_routes.insert(name, o.clone())),
+            Object::BackendTrafficPolicy(o) => {
+                objects.backend_traffic_policies.insert(name, o.clone());
+            }
+            Object::TrafficPolicy(o) => drop(objects.traffic_policies.insert(name, o.clone())),
             // Identities are named by pods; pods are made of Deployments elsewhere.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }

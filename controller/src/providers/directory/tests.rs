@@ -1,3 +1,5 @@
+mod routes;
+
 use super::*;
 
 fn parse(text: &str) -> (Vec<String>, Vec<String>) {
