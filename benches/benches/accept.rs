@@ -127,6 +127,7 @@ fn start_proxy() -> Arc<Workers> {
         exclude_outbound_ports: Vec::new(),
         exclude_outbound_cidrs: Vec::new(),
         probes: Vec::new(),
+        zone: "".into(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -170,6 +170,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         stock,
         account,
         captured,
+        rates: _,
     } = pod;
     let PodInfo {
         namespace,
@@ -182,6 +183,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         exclude_outbound_ports,
         exclude_outbound_cidrs,
         probes,
+        zone,
     } = &**info.load();
     json!({
         "uid": &**uid,
@@ -194,6 +196,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         "excludeInboundPorts": exclude_inbound_ports,
         "excludeOutboundPorts": exclude_outbound_ports,
         "excludeOutboundCidrs": exclude_outbound_cidrs,
+        "zone": &**zone,
         "probes": probes.iter().map(probe_row).collect::<Vec<_>>(),
         "state": state(stage),
         "captured": Captured::open(captured),

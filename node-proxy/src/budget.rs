@@ -4,10 +4,12 @@
 //! drops, so a counter can only be as wrong as a leaked guard. Over a limit means a refused connection
 //! (or a reset stream) of that workload alone, and a count in `warren_workload_refusals_total`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use mesh_api::errors::ProxyError;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 /// Upper bounds for one workload (pod). 0 connections: four fifths of the descriptor limit.
@@ -23,6 +25,8 @@ pub struct Limits {
     pub buffered_bytes: usize,
     /// Sockets in the pod's namespace that are in use at once. Default 0: as `connections`.
     pub sockets: usize,
+    /// HTTP requests of the pod, and to it, that are in flight at once. Default 0: as `connections`.
+    pub requests: usize,
 }
 
 impl Default for Limits {
@@ -32,6 +36,7 @@ impl Default for Limits {
             streams: 0,
             buffered_bytes: 64 << 20,
             sockets: 0,
+            requests: 0,
         }
     }
 }
@@ -50,6 +55,7 @@ impl Limits {
             streams: or_connections(self.streams),
             buffered_bytes: self.buffered_bytes,
             sockets: or_connections(self.sockets),
+            requests: or_connections(self.requests),
         }
     }
 }
@@ -65,15 +71,18 @@ pub enum Resource {
     BufferedBytes,
     /// A socket in the pod's namespace.
     Socket,
+    /// An HTTP request in flight.
+    Request,
 }
 
 impl Resource {
     /// Every resource, in the order of the account's counters.
-    pub const ALL: [Resource; 4] = [
+    pub const ALL: [Resource; 5] = [
         Self::Connection,
         Self::Stream,
         Self::BufferedBytes,
         Self::Socket,
+        Self::Request,
     ];
 
     /// Value of the metric label `resource`.
@@ -83,6 +92,7 @@ impl Resource {
             Self::Stream => "streams",
             Self::BufferedBytes => "buffered_bytes",
             Self::Socket => "sockets",
+            Self::Request => "requests",
         }
     }
 }
@@ -92,9 +102,10 @@ impl Resource {
 pub struct Account {
     namespace: Arc<str>,
     pod: Arc<str>,
-    used: [AtomicUsize; 4],
-    limits: [usize; 4],
-    refused: [AtomicU64; 4],
+    used: [AtomicUsize; 5],
+    limits: [usize; 5],
+    refused: [AtomicU64; 5],
+    malformed: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 impl Account {
@@ -105,13 +116,15 @@ impl Account {
             streams,
             buffered_bytes,
             sockets,
+            requests,
         } = *limits;
         Arc::new(Self {
             namespace,
             pod,
             used: Default::default(),
-            limits: [connections, streams, buffered_bytes, sockets],
+            limits: [connections, streams, buffered_bytes, sockets, requests],
             refused: Default::default(),
+            malformed: Mutex::default(),
         })
     }
 
@@ -138,6 +151,16 @@ impl Account {
     /// How often the bound was met.
     pub fn refused(&self, resource: Resource) -> u64 {
         self.refused[resource as usize].load(Ordering::Relaxed)
+    }
+
+    /// Counts bytes of the pod that were no valid HTTP, by reason.
+    pub fn malformed(&self, reason: &'static str) {
+        *self.malformed.lock().entry(reason).or_default() += 1;
+    }
+
+    /// How often bytes of the pod were no valid HTTP, by reason.
+    pub fn malformed_counts(&self) -> BTreeMap<&'static str, u64> {
+        self.malformed.lock().clone()
     }
 
     /// Charges one unit until the guard drops.
@@ -213,6 +236,7 @@ mod tests {
             streams: 1,
             buffered_bytes: 10,
             sockets: 1,
+            requests: 1,
         });
         let first = account.charge(Resource::Connection).unwrap();
         let second = account.charge(Resource::Connection).unwrap();

@@ -8,10 +8,10 @@ use mesh_api::names::{HEALTH_PORT, METRICS_PORT};
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Limits;
-use crate::telemetry::access_log;
+use crate::telemetry::{Bounds, access_log, trace};
 
 /// Everything that can be set.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Config {
     /// Name of the node in Kubernetes. Required.
@@ -34,8 +34,14 @@ pub struct Config {
     pub workers: usize,
     /// Seconds between SIGTERM and SIGKILL, at least 6. The drain ends 5 s earlier. Default 30.
     pub termination_grace_seconds: u64,
-    /// One line a connection on standard output. Default `off`.
+    /// One line a connection or request on standard output. Default `off`.
     pub access_log: access_log::Format,
+    /// Whether the access log shows the query of a request's target. Default `false`.
+    pub access_log_query: bool,
+    /// Bounds for the number of time series.
+    pub metrics: MetricBounds,
+    /// Traces of requests.
+    pub tracing: Tracing,
     /// What is logged to standard error, in the syntax of tracing's `EnvFilter`. Default `info`.
     pub log: String,
     /// Form of the log. Default `text`.
@@ -55,6 +61,29 @@ pub struct Controller {
     pub trust_bundle: PathBuf,
     /// File with the node's token. Default `/var/run/secrets/warren/token`.
     pub token_file: PathBuf,
+}
+
+/// How many time series of traffic there may be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct MetricBounds {
+    /// Most series of each family of counters; more are counted as `other`. Default 10,000.
+    pub max_series: usize,
+    /// Most label sets of histograms. Default 1,000.
+    pub max_histograms: usize,
+    /// Seconds without use after which a series ends, at least 60. Default 900.
+    pub expiry_seconds: u64,
+}
+
+/// Traces of requests.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Tracing {
+    /// `http://host:port` of an OTLP collector that speaks gRPC. Default: none, no traces.
+    pub endpoint: Option<String>,
+    /// Share of the requests without a trace that begin one, 0 to 1. Default 0: only what a caller
+    /// traces is.
+    pub sample_ratio: f64,
 }
 
 /// Form of the log.
@@ -86,6 +115,9 @@ impl Default for Config {
             workers: 1,
             termination_grace_seconds: 30,
             access_log: access_log::Format::default(),
+            access_log_query: false,
+            metrics: MetricBounds::default(),
+            tracing: Tracing::default(),
             log: "info".into(),
             log_format: LogFormat::default(),
             limits: Limits::default(),
@@ -99,6 +131,32 @@ impl Default for Controller {
             address: String::new(),
             trust_bundle: "/etc/warren/trust/bundle.pem".into(),
             token_file: "/var/run/secrets/warren/token".into(),
+        }
+    }
+}
+
+impl Default for MetricBounds {
+    fn default() -> Self {
+        let Bounds {
+            series,
+            histograms,
+            expiry,
+        } = Bounds::default();
+        Self {
+            max_series: series,
+            max_histograms: histograms,
+            expiry_seconds: expiry.as_secs(),
+        }
+    }
+}
+
+impl MetricBounds {
+    /// The same for the metrics.
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            series: self.max_series,
+            histograms: self.max_histograms,
+            expiry: Duration::from_secs(self.expiry_seconds),
         }
     }
 }
@@ -175,6 +233,28 @@ impl mesh_api::config::Config for Config {
             self.limits.buffered_bytes >= 1 << 20,
             "limits.bufferedBytes: expected at least 1048576 (one stream's window)",
         );
+        expect(
+            (1..=1_000_000).contains(&self.metrics.max_series),
+            "metrics.maxSeries: expected 1..=1000000",
+        );
+        expect(
+            (1..=100_000).contains(&self.metrics.max_histograms),
+            "metrics.maxHistograms: expected 1..=100000",
+        );
+        expect(
+            (60..=86_400).contains(&self.metrics.expiry_seconds),
+            "metrics.expirySeconds: expected 60..=86400",
+        );
+        expect(
+            (0.0..=1.0).contains(&self.tracing.sample_ratio),
+            "tracing.sampleRatio: expected 0 to 1",
+        );
+        if let Some(endpoint) = &self.tracing.endpoint {
+            expect(
+                trace::endpoint(endpoint).is_some(),
+                "tracing.endpoint: expected http://host:port",
+            );
+        }
         mistakes
     }
 }
@@ -212,13 +292,17 @@ mod tests {
         assert_eq!(config.workers, 1);
         assert_eq!(config.metrics_listen.to_string(), "[::]:15020");
         assert_eq!(config.drain_time(), Duration::from_secs(25));
+        assert_eq!(config.metrics.bounds(), Bounds::default());
+        assert_eq!(config.tracing, Tracing::default());
     }
 
     #[test]
     fn every_mistake_is_reported_at_once() {
         let error = load(
             "workers: 0\nterminationGraceSeconds: 5\nadminSocket: admin.sock\nlog: 'a=b=c'\n\
-             controller: {address: ':15012'}\nlimits: {bufferedBytes: 1}\n",
+             controller: {address: ':15012'}\nlimits: {bufferedBytes: 1}\n\
+             metrics: {maxSeries: 0, maxHistograms: 0, expirySeconds: 1}\n\
+             tracing: {endpoint: 'https://collector:4317', sampleRatio: 1.5}\n",
         )
         .unwrap_err();
         for field in [
@@ -229,6 +313,11 @@ mod tests {
             "adminSocket",
             "log:",
             "limits.bufferedBytes",
+            "metrics.maxSeries",
+            "metrics.maxHistograms",
+            "metrics.expirySeconds",
+            "tracing.endpoint",
+            "tracing.sampleRatio",
         ] {
             assert!(error.contains(field), "{field} in {error}");
         }

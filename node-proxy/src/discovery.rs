@@ -85,6 +85,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Discovery {
     let mut tasks = JoinSet::new();
     tasks.spawn(delta::run(controller.clone(), table.subscriptions(), feed));
     tasks.spawn(expire(Arc::clone(&table)));
+    tasks.spawn(settle(Arc::clone(&table)));
     Discovery {
         table,
         identities,
@@ -112,8 +113,8 @@ fn restore(table: &Table, mut kept: Vec<DeltaDiscoveryResponse>) {
         table.complete(&type_url);
     }
     if *table.loaded().borrow() {
-        let [_, (_, workloads), _, (_, services)] = table.counts();
-        tracing::info!(workloads, services, "table loaded from disk");
+        let (workloads, services, routes) = sizes(table);
+        tracing::info!(workloads, services, routes, "table loaded from disk");
     }
 }
 
@@ -169,8 +170,13 @@ impl Sink for Feed {
             });
         }
         if !was_loaded && *self.table.loaded().borrow() {
-            let [_, (_, workloads), _, (_, services)] = self.table.counts();
-            tracing::info!(workloads, services, "table loaded from the controller");
+            let (workloads, services, routes) = sizes(&self.table);
+            tracing::info!(
+                workloads,
+                services,
+                routes,
+                "table loaded from the controller"
+            );
         }
     }
 
@@ -250,6 +256,33 @@ async fn expire(table: Arc<Table>) {
     }
 }
 
+/// A controller that knows a type answers at once. One that is older than the type ignores it, and a table that an
+/// older proxy kept does not hold it: neither must keep the node from serving.
+async fn settle(table: Arc<Table>) {
+    let (mut nearly, mut loaded) = (table.nearly_loaded(), table.loaded());
+    // An error means that the table is gone.
+    let _ = nearly.wait_for(|nearly| *nearly).await;
+    let rest = loaded.wait_for(|loaded| *loaded);
+    if tokio::time::timeout(OPTIONAL_WAIT, rest).await.is_err() {
+        tracing::warn!(
+            "no routes and policies from the controller or the disk: the node serves without them"
+        );
+    }
+    table.settle();
+}
+
+/// Meshed pods, Services and routes that are held.
+fn sizes(table: &Table) -> (usize, usize, usize) {
+    let [workloads, services, routes] =
+        [Kind::Workload, Kind::Service, Kind::Route].map(|kind| table.count(kind));
+    (workloads, services, routes)
+}
+
+/// How long an otherwise complete table waits for types that not every controller knows.
+#[cfg(not(test))]
+const OPTIONAL_WAIT: Duration = Duration::from_secs(2);
+#[cfg(test)]
+const OPTIONAL_WAIT: Duration = Duration::from_millis(100);
 const FILE: &str = "table.log";
 const EXPIRE_EVERY: Duration = Duration::from_secs(60);
 

@@ -6,17 +6,23 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::BytesMut;
 use mesh_api::errors::ProxyError;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::authorize::{self, Plaintext};
 use crate::budget::Resource;
-use crate::deliver;
+use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
+use crate::http::callee::{self, Call};
+use crate::http::connection::{Connection, Role};
+use crate::http::detect::{MAX_PEEK, Protocol};
+use crate::http::opening::{self, Opening};
 use crate::pods::Pod;
 use crate::probe;
 use crate::tcp;
-use crate::telemetry::{Party, ReasonLabels, Reporter};
+use crate::telemetry::{Party, ReasonLabels, Reporter, Security};
 use crate::worker::Worker;
 
 /// Serves one captured connection until it ends.
@@ -69,15 +75,58 @@ pub async fn serve(
                 .inc();
         }
     }
-    let mut delivered = match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
-        Ok(delivered) => delivered,
-        Err(error) => return refuse(&flow, socket, error),
+    // One look, as for a caller of the mesh; then the app is connected, and whoever speaks first decides.
+    let mut bytes = BytesMut::new();
+    let mut known = match opening::look(&socket, &mut bytes) {
+        Ok(known) => known,
+        Err(_) => return refuse(&flow, socket, ProxyError::Cancelled),
+    };
+    let mut delivered = None;
+    if !is_http(known.as_ref()) {
+        match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
+            Ok(connection) => delivered = Some(connection),
+            Err(error) => return refuse(&flow, socket, error),
+        }
+        if let (None, Some(delivered)) = (&known, &mut delivered) {
+            known = client_first(&socket, &mut bytes, delivered).await;
+        }
+    }
+    if let Some(protocol @ (Protocol::Http1 | Protocol::Http2)) = known {
+        drop(delivered);
+        let call = Call {
+            caller: flow.source,
+            source: peer.ip(),
+            target: destination,
+            service: None,
+            security: Security::Plaintext,
+        };
+        let session = callee::Session {
+            call,
+            worker: Arc::clone(&worker),
+            pod: Arc::clone(&pod),
+        };
+        let connection = Arc::new(Connection {
+            role: Role::Callee(session),
+            worker: Arc::clone(&worker),
+            pod: Arc::clone(&pod),
+        });
+        let bytes = bytes.freeze();
+        return Box::pin(connection.serve(socket, Opening { protocol, bytes })).await;
+    }
+    let Some(mut delivered) = delivered else {
+        return;
     };
     let buffered = [
         pod.account.open_charge(Resource::BufferedBytes),
         pod.account.open_charge(Resource::BufferedBytes),
     ];
     let open = flow.open(context);
+    open.sent.add(bytes.len());
+    if delivered.stream().write_all(&bytes).await.is_err() {
+        tcp::reset_on_close(&socket);
+        return flow.ended(context, &open, None);
+    }
+    drop(bytes);
     let result = tcp::relay(
         &mut socket,
         delivered.stream(),
@@ -95,4 +144,30 @@ pub async fn serve(
         result.as_ref().err().and_then(crate::outbound::reason),
     );
     drop(charge);
+}
+
+fn is_http(protocol: Option<&Protocol>) -> bool {
+    matches!(protocol, Some(Protocol::Http1 | Protocol::Http2))
+}
+
+/// What the client says, if it speaks before the app does.
+async fn client_first(
+    socket: &TcpStream,
+    bytes: &mut BytesMut,
+    delivered: &mut Delivered,
+) -> Option<Protocol> {
+    loop {
+        tokio::select! {
+            biased;
+            readable = socket.readable() => {
+                // What failed is for the relay to find and to pass on.
+                readable.ok()?;
+                let known = opening::look(socket, bytes).ok()?;
+                if known.is_some() || bytes.len() > MAX_PEEK {
+                    return known;
+                }
+            }
+            _ = delivered.stream().readable() => return None,
+        }
+    }
 }

@@ -4,11 +4,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use http::{HeaderValue, Method, Request, StatusCode, Uri};
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
+use rand::Rng;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::{Duration, Instant, timeout_at};
 
@@ -17,11 +19,16 @@ use crate::balance::Pending;
 use crate::budget::{Charge, Resource};
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
+use crate::http::caller::{self, Target};
+use crate::http::connection::{Connection, Role};
+use crate::http::detect::{MAX_PEEK, Protocol};
+use crate::http::opening::{self, Declared, Opening};
+use crate::http::route::{Choice, RouteSet};
 use crate::pods::{CapturedGuard, Pod};
 use crate::resolve::{self, Path};
 use crate::table::{ServiceLookup, ServicePort, Workload};
 use crate::tcp::{self, Broken};
-use crate::telemetry::{Party, Reporter, Security};
+use crate::telemetry::{OpenConnection, Party, Reporter, Security};
 use crate::tunnel::pool::{Dialer, Key, Slot};
 use crate::tunnel::{self, tls};
 use crate::worker::{Context, Worker};
@@ -71,18 +78,54 @@ pub async fn serve(
     };
     let _captured = pod.captured.enter();
     let _listed = worker.list("outbound", &pod, peer, destination);
-    // Boxed: what it takes to establish a path is large, and gone while the connection idles.
-    let established = Box::pin(timeout_at(
-        Instant::now() + ESTABLISH_TIMEOUT,
-        establish(&worker, &pod, &mut flow),
-    ));
-    let (route, _pending) = match established.await {
-        Ok(Ok(established)) => established,
-        Ok(Err(error)) => return refuse(context, &flow, socket, error),
-        Err(_late) => return refuse(context, &flow, socket, ProxyError::ConnectTimeout),
-    };
-    relay(context, &pod, flow, socket, route).await;
+    // Boxed: what it takes to find out and to establish a path is large, and gone while the connection idles.
+    let begun = Box::pin(begin(&worker, &pod, &mut flow, &socket)).await;
+    match begun {
+        Ok(Begun::Http(target, opening)) => {
+            let party = flow.source;
+            let (source, destination) = (flow.source_address, flow.destination_address);
+            let session = caller::Session::new(
+                Arc::clone(&worker),
+                Arc::clone(&pod),
+                party,
+                (source, destination),
+                target,
+            );
+            let connection = Arc::new(Connection {
+                role: Role::Caller(session),
+                worker: Arc::clone(&worker),
+                pod: Arc::clone(&pod),
+            });
+            Box::pin(connection.serve(socket, opening)).await;
+        }
+        Ok(Begun::Tcp {
+            route,
+            opening,
+            pending,
+        }) => {
+            relay(context, &pod, flow, socket, route, opening).await;
+            drop(pending);
+        }
+        Err(error) => return refuse(context, &flow, socket, error),
+    }
     drop(charge);
+}
+
+/// What a captured connection turned out to be.
+enum Begun {
+    Http(Target, Opening),
+    Tcp {
+        route: Route,
+        opening: Spoken,
+        pending: Option<Pending>,
+    },
+}
+
+/// What was said before both ways were open.
+#[derive(Default)]
+struct Spoken {
+    client: Bytes,
+    server: Bytes,
 }
 
 fn refuse(context: &Context, flow: &Flow, socket: TcpStream, error: ProxyError) {
@@ -90,33 +133,195 @@ fn refuse(context: &Context, flow: &Flow, socket: TcpStream, error: ProxyError) 
     tcp::reset_on_close(&socket);
 }
 
+/// Finds out what the destination is and who speaks which protocol, and opens the way for all but HTTP.
+async fn begin(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    flow: &mut Flow,
+    socket: &TcpStream,
+) -> Result<Begun, ProxyError> {
+    let target = target(worker, flow).await;
+    let mut bytes = BytesMut::new();
+    let gone = |_| ProxyError::Cancelled;
+    let known = match declared(&target, pod) {
+        Declared::Opaque => Some(Protocol::Opaque),
+        Declared::ClientFirst => {
+            let opening = opening::read(socket, bytes).await.map_err(gone)?;
+            let known = opening.protocol;
+            bytes = opening.bytes.into();
+            Some(known)
+        }
+        Declared::Unset => match opening::look(socket, &mut bytes).map_err(gone)? {
+            None if bytes.is_empty() => {
+                // What the client sent with its first packets may just not have been delivered yet.
+                tokio::task::yield_now().await;
+                opening::look(socket, &mut bytes).map_err(gone)?
+            }
+            known => known,
+        },
+    };
+    if let Some(protocol @ (Protocol::Http1 | Protocol::Http2)) = known {
+        let bytes = bytes.freeze();
+        return Ok(Begun::Http(target, Opening { protocol, bytes }));
+    }
+    let server_name = match &known {
+        Some(Protocol::Tls { sni }) => sni.clone(),
+        _ => None,
+    };
+    let deadline = Instant::now() + ESTABLISH_TIMEOUT;
+    let (mut route, pending) = timeout_at(
+        deadline,
+        establish(worker, pod, flow, &target, server_name.as_deref()),
+    )
+    .await
+    .unwrap_or(Err(ProxyError::ConnectTimeout))?;
+    let mut spoken = Spoken::default();
+    if known.is_none() {
+        match first(socket, &mut route, &mut bytes).await? {
+            First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
+                // The way that was opened for TCP is closed unused.
+                let bytes = bytes.freeze();
+                return Ok(Begun::Http(target, Opening { protocol, bytes }));
+            }
+            First::Client(_) => {}
+            First::Server(chunk) => spoken.server = chunk,
+        }
+    }
+    spoken.client = bytes.freeze();
+    Ok(Begun::Tcp {
+        route,
+        opening: spoken,
+        pending,
+    })
+}
+
+enum First {
+    Client(Protocol),
+    Server(Bytes),
+}
+
+/// Waits for whoever speaks first. A client that has begun something that may be HTTP is waited for until it is, or is
+/// not, or the server speaks.
+async fn first(
+    socket: &TcpStream,
+    route: &mut Route,
+    bytes: &mut BytesMut,
+) -> Result<First, ProxyError> {
+    loop {
+        tokio::select! {
+            biased;
+            readable = socket.readable() => {
+                readable.map_err(|_| ProxyError::Cancelled)?;
+                let known = opening::look(socket, bytes).map_err(|_| ProxyError::Cancelled)?;
+                if bytes.len() > MAX_PEEK {
+                    return Ok(First::Client(Protocol::Opaque));
+                }
+                if let Some(protocol) = known {
+                    return Ok(First::Client(protocol));
+                }
+            }
+            spoken = route.first() => return spoken.map(First::Server),
+        }
+    }
+}
+
+/// What the original destination stands for, and what its declaration says.
+async fn target(worker: &Arc<Worker>, flow: &mut Flow) -> Target {
+    let context = &worker.context;
+    let destination = flow.destination_address;
+    let mut lookup = context.table.service(destination);
+    if matches!(lookup, ServiceLookup::Unknown) {
+        lookup = context
+            .table
+            .find_service(destination, LOOKUP_TIMEOUT)
+            .await;
+    }
+    match lookup {
+        ServiceLookup::Port(port) => {
+            flow.service = Some(Arc::clone(&port.label));
+            Target::Service(port)
+        }
+        // Of a port the Service does not declare nobody knows more than the node's own rules.
+        ServiceLookup::NoSuchPort(_) => Target::Outside(destination),
+        ServiceLookup::NotAService | ServiceLookup::Unknown => {
+            match resolve::path(&context.table, &context.pods, &context.node, destination) {
+                Ok(Path::Direct) => Target::Outside(destination),
+                // HBONE peers take connections, not requests.
+                Ok(Path::Hbone(..)) => Target::Opaque(destination),
+                Ok(Path::Local(..) | Path::Tunnel(..)) | Err(_) => Target::Pod(destination),
+            }
+        }
+    }
+}
+
+fn declared(target: &Target, pod: &Pod) -> Declared {
+    match target {
+        Target::Outside(_) | Target::Opaque(_) => Declared::Opaque,
+        Target::Pod(_) => Declared::Unset,
+        Target::Service(port) => {
+            let rules = port.http.load();
+            match rules.routes_for(pod.identity.namespace()).map(|r| &**r) {
+                Some(RouteSet::Tls(_)) => Declared::ClientFirst,
+                Some(RouteSet::Tcp(_)) => Declared::Opaque,
+                Some(RouteSet::Http(_) | RouteSet::Grpc(_))
+                    if opening::declared(&port.app_protocol) != Declared::Opaque =>
+                {
+                    Declared::ClientFirst
+                }
+                Some(_) | None => opening::declared(&port.app_protocol),
+            }
+        }
+    }
+}
+
 async fn establish(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     flow: &mut Flow,
+    target: &Target,
+    server_name: Option<&str>,
 ) -> Result<(Route, Option<Pending>), ProxyError> {
-    let table = &worker.context.table;
-    let destination = flow.destination_address;
-    let mut lookup = table.service(destination);
-    if matches!(lookup, ServiceLookup::Unknown) {
-        lookup = table.find_service(destination, LOOKUP_TIMEOUT).await;
+    match target {
+        Target::Service(port) => {
+            let backend = tcp_backend(pod, port, server_name)?;
+            to_service(worker, pod, flow, backend.as_ref().unwrap_or(port)).await
+        }
+        Target::Outside(destination) => {
+            let delivered = deliver::to_outside(pod, *destination).await?;
+            let route = Route::Socket {
+                delivered,
+                inbound: None,
+            };
+            Ok((route, None))
+        }
+        Target::Pod(destination) | Target::Opaque(destination) => {
+            Ok((to_address(worker, pod, flow, *destination).await?, None))
+        }
     }
-    match lookup {
-        ServiceLookup::Port(port) => to_service(worker, pod, flow, &port).await,
-        // Of a port the Service does not declare nobody knows more than the node's own rules.
-        ServiceLookup::NoSuchPort(_) => {
-            let delivered = deliver::to_outside(pod, destination).await?;
-            Ok((
-                Route::Socket {
-                    delivered,
-                    inbound: None,
-                },
-                None,
-            ))
-        }
-        ServiceLookup::NotAService | ServiceLookup::Unknown => {
-            Ok((to_address(worker, pod, flow, destination).await?, None))
-        }
+}
+
+/// The backend of a connection where a TCPRoute or TLSRoute is attached. `None`: the Service itself. An invalid
+/// backend's share of the connections is refused.
+fn tcp_backend(
+    pod: &Pod,
+    port: &ServicePort,
+    server_name: Option<&str>,
+) -> Result<Option<Arc<ServicePort>>, ProxyError> {
+    let rules = port.http.load();
+    let rule = match rules.routes_for(pod.identity.namespace()).map(|set| &**set) {
+        None | Some(RouteSet::Http(_) | RouteSet::Grpc(_)) => return Ok(None),
+        Some(RouteSet::Tcp(routes)) => routes.rule(),
+        Some(RouteSet::Tls(routes)) => routes.find(server_name).ok_or(ProxyError::NoRoute)?,
+    };
+    if rule.invalid.is_some() {
+        return Err(ProxyError::InvalidRule);
+    }
+    match rule.choose(rand::rng().random()) {
+        Choice::Backend(backend) => backend
+            .service_port()
+            .map(Some)
+            .ok_or(ProxyError::NoEndpoint),
+        Choice::Invalid(_) | Choice::None => Err(ProxyError::InvalidBackend),
     }
 }
 
@@ -126,8 +331,7 @@ async fn to_service(
     flow: &mut Flow,
     port: &ServicePort,
 ) -> Result<(Route, Option<Pending>), ProxyError> {
-    let service: Arc<str> = format!("{}.{}", port.service.1, port.service.0).into();
-    flow.service = Some(Arc::clone(&service));
+    let service = &port.label;
     let v6 = flow.destination_address.is_ipv6();
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut failure = ProxyError::NoEndpoint;
@@ -305,12 +509,18 @@ async fn relay(
     flow: Flow,
     mut socket: TcpStream,
     route: Route,
+    spoken: Spoken,
 ) {
     let buffered = [
         pod.account.open_charge(Resource::BufferedBytes),
         pod.account.open_charge(Resource::BufferedBytes),
     ];
     let open = flow.open(context);
+    let mut route = route;
+    if let Err(broken) = repeat(&mut socket, &mut route, spoken, &open).await {
+        tcp::reset_on_close(&socket);
+        return flow.ended(context, &open, reason(&broken));
+    }
     let result = match route {
         Route::Tunnel(mut stream) => {
             let Stream {
@@ -359,6 +569,57 @@ async fn relay(
         }
     };
     flow.ended(context, &open, result.as_ref().err().and_then(reason));
+}
+
+/// Passes on what was said before both ways were open.
+async fn repeat(
+    socket: &mut TcpStream,
+    route: &mut Route,
+    spoken: Spoken,
+    open: &OpenConnection,
+) -> Result<(), Broken> {
+    let Spoken { client, server } = spoken;
+    open.sent.add(client.len());
+    open.received.add(server.len());
+    if !client.is_empty() {
+        match route {
+            // At most one detection's worth: less than a stream's first window.
+            Route::Tunnel(stream) => stream
+                .send
+                .send_data(client, false)
+                .map_err(|_| Broken::Stream)?,
+            Route::Socket { delivered, .. } => delivered.stream().write_all(&client).await?,
+        }
+    }
+    if !server.is_empty() {
+        socket.write_all(&server).await?;
+        if let Route::Tunnel(stream) = route {
+            stream
+                .receive
+                .flow_control()
+                .release_capacity(server.len())
+                .map_err(|_| Broken::Stream)?;
+        }
+    }
+    Ok(())
+}
+
+impl Route {
+    /// What the other side says first; nothing where the relay will find it by itself.
+    async fn first(&mut self) -> Result<Bytes, ProxyError> {
+        match self {
+            Self::Tunnel(stream) => match stream.receive.data().await {
+                Some(Ok(chunk)) => Ok(chunk),
+                None => Ok(Bytes::new()),
+                Some(Err(_)) => Err(ProxyError::TunnelReset),
+            },
+            Self::Socket { delivered, .. } => {
+                let readable = delivered.stream().readable().await;
+                // An error is for the relay to find and to pass on.
+                readable.map_or(Ok(Bytes::new()), |()| Ok(Bytes::new()))
+            }
+        }
+    }
 }
 
 /// The row of the error table for a relay that broke, if it was not the apps' own doing.

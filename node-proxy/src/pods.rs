@@ -16,6 +16,7 @@ use mesh_api::proto::mesh::{self, Mode, probe};
 use tokio::sync::Notify;
 
 use crate::budget::{Account, Limits};
+use crate::http::limits::Rates;
 use crate::identity::{Identities, IdentityGuard};
 use crate::stock::{Stock, Supply};
 
@@ -42,6 +43,8 @@ pub struct Pod {
     pub account: Arc<Account>,
     /// Connections that need its capture rules and routes.
     pub captured: Captured,
+    /// What callers used up of its Services' rate limits.
+    pub rates: Rates,
 }
 
 /// What the controller says of a pod of this node.
@@ -67,6 +70,8 @@ pub struct PodInfo {
     pub exclude_outbound_cidrs: Vec<IpNet>,
     /// What the node's own addresses may send in strict mode.
     pub probes: Vec<Probe>,
+    /// Zone of its node; empty if unknown.
+    pub zone: Arc<str>,
 }
 
 /// A probe of the pod's manifest.
@@ -140,7 +145,7 @@ impl PodInfo {
             exclude_outbound_cidrs,
             probes,
             owner,
-            zone: _,
+            zone,
             namespace_opted_in: _,
         } = pod;
         for (field, value) in [("uid", uid), ("namespace", namespace), ("name", name)] {
@@ -175,6 +180,7 @@ impl PodInfo {
             owner: if owner.is_empty() { name } else { owner }.as_str().into(),
             addresses: addresses.iter().map(address).collect::<Result<_, _>>()?,
             strict: *mode == Mode::Strict as i32,
+            zone: zone.as_str().into(),
             exclude_inbound_ports: ports(exclude_inbound_ports)?,
             exclude_outbound_ports: ports(exclude_outbound_ports)?,
             exclude_outbound_cidrs: exclude_outbound_cidrs
@@ -228,6 +234,7 @@ impl Pod {
             stock,
             account,
             captured: Captured::default(),
+            rates: Rates::default(),
             info: ArcSwap::from_pointee(info),
         })
     }

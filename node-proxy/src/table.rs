@@ -28,15 +28,19 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::balance::EndpointSet;
+use crate::http::policy::State;
+use crate::http::route::{Backend, PortRules};
 
 mod decode;
 mod demand;
 pub mod log;
 mod model;
+mod target;
 
 use demand::Demand;
 use model::Model;
 pub use model::{Applied, Kind};
+pub use target::{Target, TargetState};
 
 /// One meshed pod, of any node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,8 +97,32 @@ pub struct ServicePort {
     pub node_port: Option<u16>,
     /// What it speaks; empty: unset.
     pub app_protocol: Arc<str>,
+    /// Only endpoints of the caller's node are used (`internalTrafficPolicy: Local`).
+    pub internal_traffic_local: bool,
+    /// Which endpoints are preferred.
+    pub traffic_distribution: TrafficDistribution,
     /// Who answers.
     pub endpoints: Arc<EndpointSet>,
+    /// Routes and policies.
+    pub http: Arc<ArcSwap<PortRules>>,
+    /// What is counted for it: retry budget, requests in flight.
+    pub state: Arc<State>,
+    /// `name.namespace`, as metrics and the access log say it.
+    pub label: Arc<str>,
+    /// `namespace/name:port`, as requests on a tunnel say it.
+    pub reference: Arc<str>,
+}
+
+/// A Service's `trafficDistribution` (KEP-4444, KEP-3015).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TrafficDistribution {
+    /// No preference.
+    #[default]
+    Any,
+    /// Endpoints of the caller's zone.
+    PreferSameZone,
+    /// Endpoints of the caller's node, then of its zone.
+    PreferSameNode,
 }
 
 /// What is known of an address and port as a Service.
@@ -130,6 +158,8 @@ pub struct Table {
     demand: Demand,
     online: AtomicBool,
     loaded: watch::Sender<bool>,
+    /// Loaded but for types that not every controller knows.
+    nearly_loaded: watch::Sender<bool>,
     /// Raised after every response that was taken.
     changes: watch::Sender<u64>,
 }
@@ -141,6 +171,8 @@ struct View {
     /// Several Services may share an external address.
     services: DashMap<IpAddr, Vec<Arc<Service>>>,
     node_ports: DashMap<u16, Arc<ServicePort>>,
+    /// By [`ServicePort::reference`].
+    ports: DashMap<Arc<str>, Arc<ServicePort>>,
     mesh: ArcSwap<Mesh>,
 }
 
@@ -153,6 +185,7 @@ impl Table {
             demand: Demand::new(),
             online: AtomicBool::new(false),
             loaded: watch::Sender::new(false),
+            nearly_loaded: watch::Sender::new(false),
             changes: watch::Sender::new(0),
         })
     }
@@ -160,6 +193,17 @@ impl Table {
     /// Whether a complete first table has been taken, from the controller or from disk.
     pub fn loaded(&self) -> watch::Receiver<bool> {
         self.loaded.subscribe()
+    }
+
+    /// Whether only types are missing that not every controller knows ([`Kind::is_optional`]).
+    pub fn nearly_loaded(&self) -> watch::Receiver<bool> {
+        self.nearly_loaded.subscribe()
+    }
+
+    /// Waits no longer for types that not every controller knows.
+    pub fn settle(&self) {
+        self.model.lock().settle();
+        self.update_loaded();
     }
 
     /// The meshed pod with this address.
@@ -216,6 +260,12 @@ impl Table {
         }
     }
 
+    /// The Service port that is called so ([`ServicePort::reference`]).
+    pub fn service_port(&self, reference: &str) -> Option<Arc<ServicePort>> {
+        let found = self.view.ports.get(reference)?;
+        Some(Arc::clone(&found))
+    }
+
     /// As [`Table::service`], asking the controller for what is not known. With the controller away or
     /// silent for `limit`, an unknown address counts as not a Service.
     pub async fn find_service(&self, destination: SocketAddr, limit: Duration) -> ServiceLookup {
@@ -234,6 +284,22 @@ impl Table {
         self.wait(limit, answer)
             .await
             .unwrap_or(ServiceLookup::NotAService)
+    }
+
+    /// The Service port of a rule's backend, waiting for one that has been asked for but is not here yet.
+    /// `None`: there is none (500), or the controller said nothing in time.
+    pub async fn find_backend(
+        &self,
+        backend: &Backend,
+        limit: Duration,
+    ) -> Option<Arc<ServicePort>> {
+        let answer = || match backend.state() {
+            TargetState::Known(port) => Some(Some(port)),
+            TargetState::Absent => Some(None),
+            TargetState::Pending if !self.online.load(Ordering::Relaxed) => Some(None),
+            TargetState::Pending => None,
+        };
+        self.wait(limit, answer).await.flatten()
     }
 
     /// Mesh-wide settings.
@@ -280,6 +346,13 @@ impl Table {
             }
             self.demand.absent(removed.iter().map(String::as_str));
         }
+        if [Kind::MeshConfig, Kind::Service, Kind::Route]
+            .iter()
+            .any(|kind| kind.type_url() == type_url)
+        {
+            let named = self.model.lock().named_services();
+            self.demand.name(named);
+        }
         self.changes.send_modify(|n| *n += 1);
         applied
     }
@@ -290,13 +363,19 @@ impl Table {
         let Some(kind) = Kind::of(type_url) else {
             return false;
         };
-        let (news, complete) = {
-            let mut model = self.model.lock();
-            (model.complete(kind), model.is_complete())
-        };
-        self.loaded
-            .send_if_modified(|loaded| !std::mem::replace(loaded, complete) && complete);
+        let news = self.model.lock().complete(kind);
+        self.update_loaded();
         news
+    }
+
+    fn update_loaded(&self) {
+        let (nearly, complete) = {
+            let model = self.model.lock();
+            (model.is_complete_but_for_optional(), model.is_complete())
+        };
+        for (sender, now) in [(&self.nearly_loaded, nearly), (&self.loaded, complete)] {
+            sender.send_if_modified(|held| !std::mem::replace(held, now) && now);
+        }
     }
 
     /// Names and versions of the resources of a type that are held.
@@ -304,9 +383,9 @@ impl Table {
         self.model.lock().known(type_url)
     }
 
-    /// How many resources of each type are held.
-    pub fn counts(&self) -> [(Kind, usize); 4] {
-        self.model.lock().counts()
+    /// How many resources of a type are held.
+    pub fn count(&self, kind: Kind) -> usize {
+        self.model.lock().count(kind)
     }
 
     /// What to subscribe to: everything of everything, and the addresses asked for.
@@ -393,7 +472,10 @@ fn dump_service(service: &Service) -> serde_json::Value {
             "name": *port.name,
             "nodePort": port.node_port,
             "appProtocol": *port.app_protocol,
+            "internalTrafficLocal": port.internal_traffic_local,
+            "trafficDistribution": format!("{:?}", port.traffic_distribution),
             "endpoints": endpoints,
+            "rules": port.http.load().dump(),
         })
     };
     json!({

@@ -1,11 +1,13 @@
-//! Metrics of connections and tunnels, and the access log.
+//! Metrics of connections, requests and tunnels, the access log, and traces.
 //!
 //! Metric names and labels are documented in `docs/reference/metrics.md`. Label sets are bounded by
-//! construction: workloads, Services and reasons, never addresses or ports.
+//! construction: workloads, Services, routes and reasons, never addresses, ports or paths; and their number
+//! has a limit (see `series`).
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
@@ -21,8 +23,14 @@ use prometheus_client::registry::Registry;
 
 pub mod access_log;
 pub mod budgets;
+mod histogram;
 pub mod http;
+mod series;
+mod tcp;
 pub mod trace;
+
+pub use series::Bounds;
+pub use tcp::{Meter, OpenConnection, TcpLabels};
 
 /// Which half of a connection this series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,6 +39,11 @@ pub enum Reporter {
     Source,
     /// The callee's node.
     Destination,
+}
+
+impl Reporter {
+    /// Both.
+    const ALL: [Reporter; 2] = [Reporter::Source, Reporter::Destination];
 }
 
 impl EncodeLabelValue for Reporter {
@@ -101,54 +114,21 @@ impl Party {
 
 const UNKNOWN: &str = "unknown";
 
-/// Labels of the TCP series.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct TcpLabels {
-    /// Which half this is.
-    pub reporter: Reporter,
-    /// The caller.
-    pub source: Party,
-    /// The callee.
-    pub destination: Party,
-    /// `name.namespace`; `None` when no Service was addressed.
-    pub service: Option<Arc<str>>,
-    /// How the bytes travel.
-    pub security: Security,
+/// Labels of what exceeds the limit of a family: the reporter, and `other` for all else.
+#[derive(Debug)]
+struct Other {
+    reporter: Reporter,
+    names: &'static [&'static str],
 }
 
-impl EncodeLabelSet for TcpLabels {
+impl EncodeLabelSet for Other {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Self {
-            reporter,
-            source,
-            destination,
-            service,
-            security,
-        } = self;
+        let Self { reporter, names } = self;
         ("reporter", *reporter).encode(encoder.encode_label())?;
-        ("source_workload", source.workload()).encode(encoder.encode_label())?;
-        ("source_namespace", source.namespace()).encode(encoder.encode_label())?;
-        ("source_principal", source.principal()).encode(encoder.encode_label())?;
-        ("destination_workload", destination.workload()).encode(encoder.encode_label())?;
-        ("destination_namespace", destination.namespace()).encode(encoder.encode_label())?;
-        ("destination_principal", destination.principal()).encode(encoder.encode_label())?;
-        ("destination_service", service.as_deref().unwrap_or(UNKNOWN))
-            .encode(encoder.encode_label())?;
-        ("security", *security).encode(encoder.encode_label())
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct FailedLabels {
-    connection: TcpLabels,
-    reason: &'static str,
-}
-
-impl EncodeLabelSet for FailedLabels {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Self { connection, reason } = self;
-        connection.encode(encoder)?;
-        ("reason", *reason).encode(encoder.encode_label())
+        for name in *names {
+            (*name, "other").encode(encoder.encode_label())?;
+        }
+        Ok(())
     }
 }
 
@@ -175,59 +155,15 @@ pub struct ReasonLabels {
     pub reason: &'static str,
 }
 
-/// Bytes of one direction of one connection, counted into its series as well.
-#[derive(Debug, Default)]
-pub struct Meter {
-    series: Counter,
-    own: AtomicU64,
-}
-
-impl Meter {
-    /// A meter that counts into `series`.
-    pub fn new(series: Counter) -> Self {
-        Self {
-            series,
-            own: AtomicU64::new(0),
-        }
-    }
-
-    /// Counts `bytes`.
-    pub fn add(&self, bytes: usize) {
-        self.series.inc_by(bytes as u64);
-        self.own.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    /// Bytes of this connection.
-    pub fn get(&self) -> u64 {
-        self.own.load(Ordering::Relaxed)
-    }
-}
-
-/// An established connection: counted as opened when made and as closed when dropped.
-#[derive(Debug)]
-pub struct OpenConnection {
-    /// Bytes from the source to the destination.
-    pub sent: Meter,
-    /// Bytes from the destination to the source.
-    pub received: Meter,
-    closed: Counter,
-}
-
-impl Drop for OpenConnection {
-    fn drop(&mut self) {
-        self.closed.inc();
-    }
-}
-
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Telemetry {
     registry: Mutex<Registry>,
-    opened: Family<TcpLabels, Counter>,
-    closed: Family<TcpLabels, Counter>,
-    sent: Family<TcpLabels, Counter>,
-    received: Family<TcpLabels, Counter>,
-    failed: Family<FailedLabels, Counter>,
+    tcp: Arc<tcp::Tcp>,
+    /// Requests.
+    pub http: Arc<http::HttpTelemetry>,
+    /// Traces of requests.
+    pub tracer: trace::Tracer,
     /// Handshakes of tunnels.
     pub handshakes: Family<HandshakeLabels, Counter>,
     /// Tunnels that are open.
@@ -245,13 +181,16 @@ pub struct Telemetry {
 impl Telemetry {
     /// Registers everything under the prefix `warren`.
     pub fn new() -> Arc<Self> {
+        Self::with(Bounds::default(), trace::Tracer::off())
+    }
+
+    /// As [`Self::new`], with other bounds for the number of series, and with traces.
+    pub fn with(bounds: Bounds, tracer: trace::Tracer) -> Arc<Self> {
         let mut registry = Registry::with_prefix("warren");
         let telemetry = Self {
-            opened: Family::default(),
-            closed: Family::default(),
-            sent: Family::default(),
-            received: Family::default(),
-            failed: Family::default(),
+            tcp: Arc::new(tcp::Tcp::new(bounds)),
+            http: http::HttpTelemetry::new(bounds),
+            tracer,
             handshakes: Family::default(),
             tunnels: Family::default(),
             streams: Family::default(),
@@ -261,31 +200,8 @@ impl Telemetry {
             registry: Mutex::new(Registry::default()),
         };
         let r = &mut registry;
-        r.register(
-            "tcp_connections_opened",
-            "Connections established",
-            telemetry.opened.clone(),
-        );
-        r.register(
-            "tcp_connections_closed",
-            "Established connections that have ended",
-            telemetry.closed.clone(),
-        );
-        r.register(
-            "tcp_connections_failed",
-            "Connections refused or not established, by reason",
-            telemetry.failed.clone(),
-        );
-        r.register(
-            "tcp_sent_bytes",
-            "Bytes from the source to the destination",
-            telemetry.sent.clone(),
-        );
-        r.register(
-            "tcp_received_bytes",
-            "Bytes from the destination to the source",
-            telemetry.received.clone(),
-        );
+        r.register_collector(Box::new(Arc::clone(&telemetry.tcp)));
+        r.register_collector(Box::new(Arc::clone(&telemetry.http)));
         r.register(
             "tunnel_handshakes",
             "TLS handshakes of tunnels, by side and result",
@@ -316,6 +232,7 @@ impl Telemetry {
             "Access log lines dropped",
             telemetry.access_log_dropped.clone(),
         );
+        telemetry.tracer.register(r);
         r.register(
             "build",
             "Version of the proxy",
@@ -344,21 +261,12 @@ impl Telemetry {
 
     /// Counts a connection as opened, and as closed when the result drops.
     pub fn open(&self, labels: &TcpLabels) -> OpenConnection {
-        self.opened.get_or_create(labels).inc();
-        OpenConnection {
-            sent: Meter::new(self.sent.get_or_create(labels).clone()),
-            received: Meter::new(self.received.get_or_create(labels).clone()),
-            closed: self.closed.get_or_create(labels).clone(),
-        }
+        self.tcp.open(labels, Instant::now())
     }
 
     /// Counts a connection that was refused or not established.
     pub fn fail(&self, labels: &TcpLabels, error: ProxyError) {
-        let labels = FailedLabels {
-            connection: labels.clone(),
-            reason: error.name(),
-        };
-        self.failed.get_or_create(&labels).inc();
+        self.tcp.fail(labels, error, Instant::now());
     }
 }
 
@@ -381,56 +289,4 @@ impl Drop for GaugeGuard {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_connection_is_counted_once_opened_and_once_closed() {
-        let telemetry = Telemetry::new();
-        let id = Identity::new("cluster.local", "demo", "client").unwrap();
-        let source = Party::meshed(&"client".into(), &id);
-        let labels = TcpLabels {
-            reporter: Reporter::Source,
-            source,
-            destination: Party::unknown(),
-            service: Some("web.demo".into()),
-            security: Security::MutualTls,
-        };
-        let open = telemetry.open(&labels);
-        open.sent.add(5);
-        telemetry.fail(&labels, ProxyError::NoEndpoint);
-        let before = telemetry.encode();
-        drop(open);
-        let after = telemetry.encode();
-        let line = |text: &str, name: &str| {
-            text.lines()
-                .find(|l| l.starts_with(name) && l.contains(r#"source_workload="client""#))
-                .map(str::to_owned)
-        };
-        assert!(
-            line(&before, "warren_tcp_connections_opened_total")
-                .unwrap()
-                .ends_with(" 1")
-        );
-        assert!(
-            line(&before, "warren_tcp_connections_closed_total")
-                .unwrap()
-                .ends_with(" 0")
-        );
-        assert!(
-            line(&after, "warren_tcp_connections_closed_total")
-                .unwrap()
-                .ends_with(" 1")
-        );
-        assert!(
-            line(&after, "warren_tcp_sent_bytes_total")
-                .unwrap()
-                .ends_with(" 5")
-        );
-        assert!(
-            line(&after, "warren_tcp_connections_failed_total")
-                .unwrap()
-                .contains(r#"reason="no_endpoint""#)
-        );
-    }
-}
+mod tests;

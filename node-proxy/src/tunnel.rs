@@ -35,8 +35,8 @@ pub const SEND_BUFFER: usize = 256 * 1024;
 pub const READ_AHEAD: usize = 64 * 1024;
 /// Streams a server takes on one tunnel.
 pub const MAX_STREAMS: u32 = 4096;
-/// Largest header list of a CONNECT.
-pub const MAX_HEADER_LIST: u32 = 16 * 1024;
+/// Largest header list: of an app's request, and what the proxies add.
+pub const MAX_HEADER_LIST: u32 = 80 * 1024;
 
 /// Value of the `forwarded` header that names the caller (RFC 7239, section 6: IPv6 in brackets, quoted).
 pub fn forwarded(source: IpAddr) -> String {

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::accept::{self, Capture};
 use crate::connections::{Connection, Connections, Listed, Row};
+use crate::http::apps::Apps;
 use crate::identity::Identities;
 use crate::memory;
 use crate::pods::{Host, Pod, Pods};
@@ -30,6 +31,7 @@ use crate::table::Table;
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::budgets::Budgets;
+use crate::telemetry::http::MeterCache;
 use crate::tunnel::admission::Handshakes;
 use crate::tunnel::pool::Pool;
 use crate::tunnel::tls::ServerConfigs;
@@ -75,6 +77,10 @@ pub struct Worker {
     pub context: Arc<Context>,
     /// Tunnels dialled by this worker.
     pub pool: Arc<Pool>,
+    /// Connections of this worker to apps that speak HTTP.
+    pub apps: Apps,
+    /// Meters of requests to apps of this node.
+    pub meters: Mutex<MeterCache>,
     /// Tunnels that are being accepted by any worker.
     pub handshakes: Arc<Handshakes>,
     handle: Handle,
@@ -168,6 +174,8 @@ impl Workers {
                     Arc::clone(&context.identities),
                     Arc::clone(&context.telemetry),
                 ),
+                apps: Apps::default(),
+                meters: Mutex::default(),
                 handshakes: Arc::clone(&handshakes),
                 context: Arc::clone(&context),
                 handle: start_thread(number, stopping)?,

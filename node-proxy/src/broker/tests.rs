@@ -12,7 +12,7 @@ use mesh_api::proto::broker::{
     Ack, AddPod, Drain, Hello, HostListeners, Listener as Kind, Offer, RemovePod, Resume,
     SnapshotEnd, Sockets, ToAgent, ToProxy, Welcome, to_agent, to_proxy,
 };
-use mesh_api::proto::mesh::{EndpointSlice, MeshConfig, NodePod, Service, Workload};
+use mesh_api::proto::mesh::{MeshConfig, NodePod};
 use mesh_api::seqpacket::Listener;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -25,7 +25,7 @@ use crate::identity::{Identities, IssueError, Issuer};
 use crate::pods::{Host, Pods};
 use crate::process::lifecycle::Phase;
 use crate::stock;
-use crate::table::Table;
+use crate::table::{self, Table};
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::{AccessLog, Format};
 use crate::tunnel::tls::ServerConfigs;
@@ -176,13 +176,8 @@ impl Proxy {
         };
         let applied = table.apply(MeshConfig::TYPE_URL, &[update], &[]);
         assert!(applied.result().is_ok());
-        for url in [
-            MeshConfig::TYPE_URL,
-            Workload::TYPE_URL,
-            Service::TYPE_URL,
-            EndpointSlice::TYPE_URL,
-        ] {
-            table.complete(url);
+        for kind in table::Kind::ALL {
+            table.complete(kind.type_url());
         }
     }
 

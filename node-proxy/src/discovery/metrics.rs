@@ -89,7 +89,8 @@ impl Collector for Resources {
             None,
             ConstGauge::<i64>::new(0).metric_type(),
         )?;
-        for (kind, count) in self.0.counts() {
+        for kind in Kind::ALL {
+            let count = self.0.count(kind);
             let labels = [("type", kind.name())];
             ConstGauge::new(count as i64).encode(family.encode_family(&labels)?)?;
         }

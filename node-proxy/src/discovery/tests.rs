@@ -77,6 +77,10 @@ impl Node {
         self.push("w1", &[("a", "1", pod("a", "10.0.0.1"))]).await;
         self.push("s1", &[("demo/web", "1", web())]).await;
         self.push::<mesh::EndpointSlice>("e1", &[]).await;
+        self.push::<mesh::TrafficPolicy>("t1", &[]).await;
+        self.push::<mesh::BackendTrafficPolicy>("b1", &[]).await;
+        let name = "httproute/demo/split";
+        self.push("r1", &[(name, "1", split())]).await;
     }
 
     fn metrics(&self) -> String {
@@ -115,6 +119,28 @@ fn web() -> mesh::Service {
             ..Default::default()
         }],
         ..Default::default()
+    }
+}
+
+/// A route of `demo/web`.
+fn split() -> mesh::Route {
+    mesh::Route {
+        kind: mesh::RouteKind::Http.into(),
+        namespace: "demo".into(),
+        name: "split".into(),
+        parents: vec![mesh::RouteParent {
+            namespace: "demo".into(),
+            service: "web".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+fn has_route(discovery: &Discovery) -> bool {
+    match discovery.table.service("10.96.0.1:80".parse().unwrap()) {
+        ServiceLookup::Port(port) => port.http.load().routes_for("demo").is_some(),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -174,7 +200,8 @@ async fn a_part_of_a_first_table_is_not_the_table() {
         node.fake.respond(part).await;
         node.fake.request().await;
         if nonce == "w1" {
-            for kind in [Kind::Service, Kind::EndpointSlice] {
+            let others = |kind: &Kind| !matches!(kind, Kind::Workload | Kind::MeshConfig);
+            for kind in Kind::ALL.into_iter().filter(others) {
                 discovery.table.complete(kind.type_url());
             }
             let settings = mesh::MeshConfig {
@@ -244,6 +271,7 @@ async fn a_restarted_proxy_needs_no_controller() {
     assert!(*discovery.table.loaded().borrow(), "at once");
     assert!(discovery.table.workload(ip("10.0.0.1")).is_some());
     assert!(discovery.identities.trust().is_some());
+    assert!(has_route(&discovery), "with its routes");
     let _guard = discovery.identities.acquire(identity.clone());
     within(discovery.identities.ready(&identity)).await;
 
@@ -255,6 +283,37 @@ async fn a_restarted_proxy_needs_no_controller() {
     );
     assert_eq!(node.fake.issued_to(identity.as_str()), 1);
     assert_eq!(node.fake.issued_to_nodes(), 1);
+}
+
+#[tokio::test]
+async fn a_controller_or_a_table_that_is_older_than_routes_serves_nevertheless() {
+    let mut node = Node::new().await;
+    {
+        let discovery = node.start();
+        node.begin().await;
+        let settings = mesh::MeshConfig {
+            trust_domain: "cluster.local".into(),
+            trust_bundle: node.fake.bundle(),
+            services_complete: true,
+            node_addresses: vec![],
+        };
+        node.push("m1", &[("mesh", "1", settings)]).await;
+        node.push::<mesh::Workload>("w1", &[]).await;
+        node.push("s1", &[("demo/web", "1", web())]).await;
+        node.push::<mesh::EndpointSlice>("e1", &[]).await;
+        loaded(&discovery).await;
+        discovery.shut_down().await;
+    }
+    node.fake.stop().await;
+    let discovery = node.start();
+    loaded(&discovery).await;
+    assert!(!has_route(&discovery));
+    // A newer controller takes over, and its routes are in force at once.
+    node.fake.resume().await;
+    node.begin().await;
+    let name = "httproute/demo/split";
+    node.push("r1", &[(name, "1", split())]).await;
+    assert!(has_route(&discovery));
 }
 
 #[tokio::test]

@@ -1,1 +1,368 @@
 //! Connections to apps, kept for the next request.
+//!
+//! The app sees its caller's address, so connections are shared only between requests of one caller address
+//! to one address of one pod. An HTTP/1 connection is owned by the exchange it carries and comes back with
+//! the end of the answer; HTTP/2 connections are shared, each driven by a task that this pool ends.
+//!
+//! Invariants:
+//! - The connection that was used last is taken first, so that those not needed age and close.
+//! - A connection whose end is known is never taken; one that ends in the moment it is taken is reported as
+//!   [`AppError::ClosedIdle`], with the request where it can be sent again as it was.
+//! - What is idle is bounded by key and by pod, and closed after [`IDLE`]. Every connection is charged to
+//!   its pod from its socket on.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use http::{Request, Response, Version};
+use mesh_api::errors::ProxyError;
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, interval, timeout};
+
+use self::h2c::Shared;
+use super::body::{Body, ExchangeError};
+use super::h1::{Client, FailedSend, Home, Limits, SendError};
+use crate::budget::Charge;
+use crate::deliver;
+use crate::pods::Pod;
+
+mod h2c;
+#[cfg(test)]
+mod tests;
+
+/// An unused connection is closed after this.
+const IDLE: Duration = Duration::from_secs(60);
+/// How often unused connections are looked through.
+const SWEEP: Duration = Duration::from_secs(5);
+/// Unused connections kept for a key.
+const MOST_IDLE: usize = 8;
+/// Unused connections kept for a pod.
+const MOST_IDLE_OF_POD: usize = 1024;
+/// Headers of a response; apps send more than their clients.
+const MOST_RESPONSE_HEADERS: usize = 256;
+
+/// The connections of one worker.
+#[derive(Debug)]
+pub struct Apps {
+    shared: Arc<Pool>,
+    connect_timeout: Duration,
+}
+
+/// What a connection is shared by.
+#[derive(Clone, Debug)]
+pub struct AppKey {
+    /// The pod whose socket it is: the app's, or the caller's for what is outside the mesh.
+    pub pod: Arc<Pod>,
+    /// Whom the app sees as its peer. None: the pod itself, as it goes to the outside.
+    pub from: Option<IpAddr>,
+    /// Where to.
+    pub to: SocketAddr,
+    /// HTTP/2: with prior knowledge. Anything else: HTTP/1.
+    pub version: Version,
+}
+
+/// Why a request got no answer from an app.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// No connection to the app.
+    #[error("no connection: {0}")]
+    Connect(ProxyError, Option<Box<Request<Body>>>),
+    /// A connection that had been used before closed before any byte of an answer. The request comes back
+    /// if nothing of its body is lost; whether it may be sent again is for its method to say.
+    #[error("the app closed a kept connection")]
+    ClosedIdle(Option<Box<Request<Body>>>),
+    /// HTTP/1: the app closed a new connection, or broke off within the head of its answer, or sent what is
+    /// not HTTP.
+    #[error("{0}")]
+    Http1(SendError),
+    /// HTTP/2.
+    #[error("{0}")]
+    Http2(ExchangeError),
+}
+
+impl AppError {
+    /// The row of the table of errors. What an app sends that is no HTTP is its failure to be reached.
+    pub fn proxy_error(&self) -> ProxyError {
+        match self {
+            Self::Connect(error, _) => *error,
+            Self::ClosedIdle(_) | Self::Http1(_) | Self::Http2(_) => ProxyError::ConnectFailed,
+        }
+    }
+
+    /// Whether the app has certainly done nothing with the request.
+    pub fn is_unprocessed(&self) -> bool {
+        match self {
+            Self::Connect(..) => true,
+            Self::ClosedIdle(_) | Self::Http1(_) => false,
+            Self::Http2(error) => error.is_unprocessed(),
+        }
+    }
+
+    /// The request, if it can be sent again as it was.
+    pub fn into_request(self) -> Option<Request<Body>> {
+        match self {
+            Self::Connect(_, request) | Self::ClosedIdle(request) => request.map(|boxed| *boxed),
+            Self::Http1(_) | Self::Http2(_) => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Pool {
+    state: Mutex<State>,
+    limits: Arc<Limits>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    shelves: HashMap<Key, Shelf>,
+    /// HTTP/1 connections that are not in use, by the pod's UID.
+    idle_of_pod: HashMap<Arc<str>, usize>,
+    sweeper: Option<AbortHandle>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    pod: Arc<str>,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+    http2: bool,
+}
+
+impl From<&AppKey> for Key {
+    fn from(key: &AppKey) -> Self {
+        Self {
+            pod: Arc::clone(&key.pod.uid),
+            from: key.from,
+            to: key.to,
+            http2: key.version == Version::HTTP_2,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shelf {
+    /// The one used last is at the end.
+    idle: Vec<(Client, Instant)>,
+    shared: Shared,
+    /// Made once: where this key's connections come back to.
+    home: Option<Home>,
+}
+
+impl std::fmt::Debug for Shelf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shelf")
+            .field("idle", &self.idle.len())
+            .field("shared", &self.shared)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Apps {
+    fn default() -> Self {
+        Self::new(deliver::CONNECT_TIMEOUT)
+    }
+}
+
+impl Apps {
+    /// Without connections. A connection must be there within `connect_timeout`;
+    /// [`deliver::CONNECT_TIMEOUT`] at most.
+    pub fn new(connect_timeout: Duration) -> Self {
+        let limits = Limits {
+            headers: MOST_RESPONSE_HEADERS,
+            ..Limits::default()
+        };
+        Self {
+            shared: Arc::new(Pool {
+                state: Mutex::default(),
+                limits: Arc::new(limits),
+            }),
+            connect_timeout,
+        }
+    }
+
+    /// Sends a request to an app and waits for the head of the answer, without limit of time once it is
+    /// connected. Dropping the future, or the answer's body before its end, gives the request up.
+    pub async fn send(
+        &self,
+        key: &AppKey,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, AppError> {
+        self.send_within(key, request, self.connect_timeout).await
+    }
+
+    /// As [`Apps::send`], with another connect timeout.
+    pub async fn send_within(
+        &self,
+        key: &AppKey,
+        request: Request<Body>,
+        connect_timeout: Duration,
+    ) -> Result<Response<Body>, AppError> {
+        if key.version == Version::HTTP_2 {
+            return h2c::send(&self.shared, key, request, connect_timeout).await;
+        }
+        let shelf = Key::from(key);
+        let (kept, home) = self.shared.take(&shelf);
+        let client = match kept {
+            Some(client) => client,
+            None => match connect(key, connect_timeout).await {
+                Ok((stream, charge)) => {
+                    Client::with(stream, Some(charge), Arc::clone(&self.shared.limits))
+                }
+                Err(error) => return Err(AppError::Connect(error, Some(Box::new(request)))),
+            },
+        };
+        client.send(request, Some(home)).await.map_err(|failed| {
+            let FailedSend {
+                error,
+                reused,
+                answered,
+                request,
+            } = failed;
+            match error {
+                SendError::Closed | SendError::Io(_) if reused && !answered => {
+                    AppError::ClosedIdle(request)
+                }
+                error => AppError::Http1(error),
+            }
+        })
+    }
+
+    /// Connections that are not in use.
+    pub fn idle(&self) -> usize {
+        let state = self.shared.state.lock();
+        state.shelves.values().map(|shelf| shelf.idle.len()).sum()
+    }
+}
+
+impl Pool {
+    /// A connection that is still open, and where it is to come back to.
+    fn take(self: &Arc<Self>, key: &Key) -> (Option<Client>, Home) {
+        let mut state = self.state.lock();
+        let State {
+            shelves,
+            idle_of_pod,
+            sweeper,
+        } = &mut *state;
+        let shelf = shelves.entry(key.clone()).or_default();
+        self.start_sweeper(sweeper);
+        let home = shelf.home.get_or_insert_with(|| self.home(key.clone()));
+        let home = Arc::clone(home);
+        while let Some((mut client, _since)) = shelf.idle.pop() {
+            count_down(idle_of_pod, &key.pod, 1);
+            if client.is_idle() {
+                return (Some(client), home);
+            }
+        }
+        (None, home)
+    }
+
+    fn home(self: &Arc<Self>, key: Key) -> Home {
+        let pool = Arc::downgrade(self);
+        Arc::new(move |client| {
+            if let Some(pool) = pool.upgrade() {
+                pool.put(&key, client);
+            }
+        })
+    }
+
+    /// Keeps a connection, if there is room for it.
+    fn put(self: &Arc<Self>, key: &Key, client: Client) {
+        let mut state = self.state.lock();
+        let State {
+            shelves,
+            idle_of_pod,
+            ..
+        } = &mut *state;
+        let Some(shelf) = shelves.get_mut(key) else {
+            return;
+        };
+        let of_pod = idle_of_pod.entry(Arc::clone(&key.pod)).or_default();
+        if shelf.idle.len() >= MOST_IDLE || *of_pod >= MOST_IDLE_OF_POD {
+            return;
+        }
+        *of_pod += 1;
+        shelf.idle.push((client, Instant::now()));
+    }
+
+    /// A shelf that is there is looked through until it is empty.
+    fn start_sweeper(self: &Arc<Self>, sweeper: &mut Option<AbortHandle>) {
+        if sweeper.is_none() {
+            let sweeping = tokio::spawn(sweep(Arc::downgrade(self)));
+            *sweeper = Some(sweeping.abort_handle());
+        }
+    }
+
+    /// Closes what was not used for long or has been closed by the app. Whether anything is left.
+    fn sweep(&self) -> bool {
+        let mut state = self.state.lock();
+        let State {
+            shelves,
+            idle_of_pod,
+            sweeper,
+        } = &mut *state;
+        shelves.retain(|key, shelf| {
+            let before = shelf.idle.len();
+            shelf
+                .idle
+                .retain_mut(|(client, since)| since.elapsed() < IDLE && client.is_idle());
+            count_down(idle_of_pod, &key.pod, before - shelf.idle.len());
+            let lent = shelf
+                .home
+                .as_ref()
+                .is_some_and(|home| Arc::strong_count(home) > 1);
+            !shelf.idle.is_empty() || lent || !shelf.shared.is_empty()
+        });
+        if shelves.is_empty() {
+            *sweeper = None;
+        }
+        !shelves.is_empty()
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Some(sweeper) = &self.sweeper {
+            sweeper.abort();
+        }
+    }
+}
+
+async fn sweep(pool: Weak<Pool>) {
+    let mut ticks = interval(SWEEP);
+    loop {
+        ticks.tick().await;
+        match pool.upgrade() {
+            Some(pool) if pool.sweep() => {}
+            _ => return,
+        }
+    }
+}
+
+fn count_down(counts: &mut HashMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) {
+    if by > 0
+        && let Some(count) = counts.get_mut(pod)
+    {
+        *count = count.saturating_sub(by);
+        if *count == 0 {
+            counts.remove(pod);
+        }
+    }
+}
+
+async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Charge), ProxyError> {
+    let opening = async {
+        match key.from {
+            Some(from) => deliver::to_app(&key.pod, from, key.to).await,
+            None => deliver::to_outside(&key.pod, key.to).await,
+        }
+    };
+    match timeout(within, opening).await {
+        Ok(delivered) => Ok(delivered?.into_stream()),
+        Err(_late) => Err(ProxyError::ConnectTimeout),
+    }
+}

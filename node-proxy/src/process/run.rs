@@ -35,6 +35,7 @@ use crate::stock::{self, Supply};
 use crate::supervisor::{self, EX_CONFIG, SupervisorError};
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::trace::{Exporting, Tracer};
 use crate::tunnel::tls::ServerConfigs;
 use crate::worker::{Context, Workers};
 
@@ -101,7 +102,9 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
     // Only now is nothing lost that came while they were blocked.
     supervisor::unblock_signals().map_err(system("unblocking signals"))?;
 
-    let telemetry = Telemetry::new();
+    let (tracer, exporter) = Tracer::new(&config.tracing, &config.node);
+    let telemetry = Telemetry::with(config.metrics.bounds(), tracer);
+    let exporting = exporter.map(Exporting::start);
     let discovery =
         telemetry.register(|registry| discovery::start(discovery_config(&config), registry));
     let supply = Supply::new(
@@ -111,7 +114,8 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
     let (pods, host) = (Pods::new(), Host::new(&supply));
     telemetry.register(|r| r.register_collector(Box::new(PodsCollector::new(&pods, &host))));
     let access_log = AccessLog::start(config.access_log, Arc::clone(&telemetry))
-        .map_err(system("access log"))?;
+        .map_err(system("access log"))?
+        .with_query(config.access_log_query);
     let context = Context {
         node: config.node.as_str().into(),
         table: Arc::clone(&discovery.table),
@@ -200,6 +204,9 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
         // What is left needs sockets from the broker.
         Some(part) = parts.join_next() => Err(part_ended(part)),
     };
+    if let Some(exporting) = exporting {
+        exporting.flush().await;
+    }
     tracing::info!("ended");
     result
 }

@@ -13,7 +13,8 @@ use mesh_api::proto::mesh::{EnrolmentState, TunnelKind};
 use mesh_api::tls;
 use prost::Message;
 
-use super::{Mesh, Workload};
+use super::{Mesh, TrafficDistribution, Workload};
+use crate::http::route::Session;
 
 /// A Service before it is joined to its endpoints.
 pub(super) struct ServiceSpec {
@@ -21,6 +22,8 @@ pub(super) struct ServiceSpec {
     pub(super) name: Arc<str>,
     pub(super) addresses: Vec<IpAddr>,
     pub(super) ports: Vec<PortSpec>,
+    pub(super) internal_traffic_local: bool,
+    pub(super) traffic_distribution: TrafficDistribution,
 }
 
 pub(super) struct PortSpec {
@@ -46,6 +49,8 @@ pub(super) struct SliceEndpoint {
     pub(super) terminating: bool,
     pub(super) node: Arc<str>,
     pub(super) zone: Arc<str>,
+    pub(super) for_zones: Vec<Arc<str>>,
+    pub(super) for_nodes: Vec<Arc<str>>,
 }
 
 pub(super) fn workload(
@@ -160,6 +165,13 @@ pub(super) fn service(
         name: s.name.as_str().into(),
         addresses: addresses("addresses", &s.addresses)?,
         ports,
+        internal_traffic_local: s.internal_traffic_local,
+        traffic_distribution: match s.traffic_distribution.as_str() {
+            "PreferSameZone" | "PreferClose" => TrafficDistribution::PreferSameZone,
+            "PreferSameNode" => TrafficDistribution::PreferSameNode,
+            // A preference that is not known is none (KEP-4444).
+            _ => TrafficDistribution::Any,
+        },
     })
 }
 
@@ -187,6 +199,8 @@ pub(super) fn slice(name: &str, value: &[u8], interner: &mut Interner) -> Result
                 terminating: e.terminating,
                 node: interner.text(&e.node),
                 zone: interner.text(&e.zone),
+                for_zones: e.for_zones.iter().map(|z| interner.text(z)).collect(),
+                for_nodes: e.for_nodes.iter().map(|n| interner.text(n)).collect(),
             })
         })
         .collect::<Result<_, String>>()?;
@@ -216,6 +230,40 @@ pub(super) fn mesh(name: &str, value: &[u8]) -> Result<Mesh, String> {
             .into_iter()
             .collect(),
     })
+}
+
+/// With the session persistence it declares.
+pub(super) fn backend_policy(
+    name: &str,
+    value: &[u8],
+) -> Result<(mesh::BackendTrafficPolicy, Option<Arc<Session>>), String> {
+    let p = mesh::BackendTrafficPolicy::decode(value).map_err(|e| e.to_string())?;
+    let own = format!("{}/{}", p.namespace, p.name);
+    named(name, &own, "namespace/name")?;
+    for service in &p.services {
+        filled("services", service)?;
+    }
+    let session = p.session_persistence.as_ref();
+    let session = session
+        .map(|s| Session::compile(s, &own, None))
+        .transpose()?;
+    Ok((p, session.map(Arc::new)))
+}
+
+pub(super) fn traffic_policy(name: &str, value: &[u8]) -> Result<mesh::TrafficPolicy, String> {
+    let p = mesh::TrafficPolicy::decode(value).map_err(|e| e.to_string())?;
+    named(
+        name,
+        &format!("{}/{}", p.namespace, p.name),
+        "namespace/name",
+    )?;
+    for target in &p.targets {
+        filled("targets.name", &target.name)?;
+        if target.kind() == mesh::PolicyTargetKind::Unspecified {
+            return Err(unknown("targets.kind", target.kind));
+        }
+    }
+    Ok(p)
 }
 
 /// Keeps one copy of texts and identities that many resources share.

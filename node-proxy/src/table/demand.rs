@@ -1,5 +1,7 @@
 //! Addresses that are asked for one by one, where the controller does not send every Service.
 //!
+//! Services that routes send to are asked for by name, for as long as a route does.
+//!
 //! Bounded: the address that was used longest ago gives way to a new one, and one that nobody has used
 //! for a while is given up. Each is a subscription `address/<ip>`, so an answer stays current.
 
@@ -16,6 +18,8 @@ use super::Kind;
 
 pub(super) struct Demand {
     asked: Mutex<HashMap<IpAddr, Asked>>,
+    /// Services asked for by `namespace/name`.
+    named: Mutex<BTreeSet<String>>,
     subscriptions: watch::Sender<Subscriptions>,
 }
 
@@ -36,6 +40,7 @@ impl Demand {
             .into();
         Self {
             asked: Mutex::default(),
+            named: Mutex::default(),
             subscriptions: watch::Sender::new(subscriptions),
         }
     }
@@ -70,6 +75,29 @@ impl Demand {
             },
         );
         self.subscribe(&[address], oldest.as_slice());
+    }
+
+    /// Subscribes to exactly these Services by name. Of too many the last by name are left out.
+    pub(super) fn name(&self, mut wanted: BTreeSet<String>) {
+        if let Some(first_left_out) = wanted.iter().nth(MAX_NAMED).cloned() {
+            let left_out = wanted.split_off(&first_left_out);
+            tracing::error!(
+                count = left_out.len(),
+                "routes send to more Services than this node asks for; the rest is answered with 500"
+            );
+        }
+        let mut named = self.named.lock();
+        if *named == wanted {
+            return;
+        }
+        self.subscriptions.send_modify(|subscriptions| {
+            let names = subscriptions.entry(Kind::Service.type_url()).or_default();
+            for gone in named.difference(&wanted) {
+                names.remove(gone);
+            }
+            names.extend(wanted.iter().cloned());
+        });
+        *named = wanted;
     }
 
     /// Notes that an address is used, if it was asked for.
@@ -153,5 +181,7 @@ fn address_of(name: &str) -> Option<IpAddr> {
 const PREFIX: &str = "address/";
 /// Addresses asked for at one time.
 pub(super) const MAX_ASKED: usize = 1024;
+/// Services asked for by name at one time.
+pub(super) const MAX_NAMED: usize = 4096;
 /// After this time without use an address is given up.
 pub(super) const UNUSED: Duration = Duration::from_secs(600);

@@ -16,7 +16,9 @@ use mesh_api::proto::mesh;
 
 use super::decode::{self, Interner, Slice};
 use super::{Mesh, Service, View, Workload};
+use routes::Rules;
 
+mod routes;
 mod services;
 
 /// A type of resource that the table holds.
@@ -30,16 +32,35 @@ pub enum Kind {
     Service,
     /// Their endpoints.
     EndpointSlice,
+    /// HTTPRoutes, GRPCRoutes, TLSRoutes and TCPRoutes.
+    Route,
+    /// XBackendTrafficPolicies.
+    BackendTrafficPolicy,
+    /// TrafficPolicies.
+    TrafficPolicy,
 }
 
 impl Kind {
     /// In the order in which they are best applied.
-    pub const ALL: [Kind; 4] = [
+    pub const ALL: [Kind; 7] = [
         Kind::MeshConfig,
         Kind::Workload,
         Kind::EndpointSlice,
+        // Before the Services, which then come with them.
+        Kind::TrafficPolicy,
+        Kind::BackendTrafficPolicy,
+        Kind::Route,
         Kind::Service,
     ];
+
+    /// A controller that is older than the type does not answer requests for it, and a table kept by an older
+    /// proxy does not hold it.
+    pub const fn is_optional(self) -> bool {
+        match self {
+            Kind::MeshConfig | Kind::Workload | Kind::EndpointSlice | Kind::Service => false,
+            Kind::Route | Kind::BackendTrafficPolicy | Kind::TrafficPolicy => true,
+        }
+    }
 
     /// The type's URL on the wire.
     pub const fn type_url(self) -> &'static str {
@@ -48,6 +69,9 @@ impl Kind {
             Kind::Workload => mesh::Workload::TYPE_URL,
             Kind::Service => mesh::Service::TYPE_URL,
             Kind::EndpointSlice => mesh::EndpointSlice::TYPE_URL,
+            Kind::Route => mesh::Route::TYPE_URL,
+            Kind::BackendTrafficPolicy => mesh::BackendTrafficPolicy::TYPE_URL,
+            Kind::TrafficPolicy => mesh::TrafficPolicy::TYPE_URL,
         }
     }
 
@@ -58,6 +82,9 @@ impl Kind {
             Kind::Workload => "workload",
             Kind::Service => "service",
             Kind::EndpointSlice => "endpoint_slice",
+            Kind::Route => "route",
+            Kind::BackendTrafficPolicy => "backend_traffic_policy",
+            Kind::TrafficPolicy => "traffic_policy",
         }
     }
 
@@ -93,12 +120,15 @@ pub(super) struct Model {
     services: HashMap<Arc<str>, Held<Service>>,
     slices: HashMap<Arc<str>, (Box<str>, Slice)>,
     slices_of: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    rules: Rules,
     /// Workloads that lost an address to a later one.
     contested: HashMap<IpAddr, Vec<Arc<str>>>,
     /// Workloads that came before the trust domain was known.
     early: BTreeMap<String, Update>,
     /// Types of which everything was held at some time.
     complete: HashSet<Kind>,
+    /// Optional types are no longer waited for.
+    settled: bool,
     interner: Interner,
 }
 
@@ -130,18 +160,39 @@ impl Model {
             Kind::Workload => self.apply_workloads(view, updates, removed, &mut applied),
             Kind::Service => self.apply_services(view, updates, removed, &mut applied),
             Kind::EndpointSlice => self.apply_slices(updates, removed, &mut applied),
+            Kind::Route => self.apply_routes(updates, removed, &mut applied),
+            Kind::BackendTrafficPolicy => {
+                self.apply_backend_policies(updates, removed, &mut applied);
+            }
+            Kind::TrafficPolicy => self.apply_traffic_policies(updates, removed, &mut applied),
         }
         applied
     }
 
     /// Everything of a type is held. Returns whether that is news.
     pub(super) fn complete(&mut self, kind: Kind) -> bool {
-        self.complete.insert(kind)
+        let news = self.complete.insert(kind);
+        if news && kind == Kind::Service {
+            self.refresh_targets();
+        }
+        news
     }
 
     /// Whether there is a trust domain and everything of every type was held.
     pub(super) fn is_complete(&self) -> bool {
-        self.mesh.is_some() && Kind::ALL.iter().all(|k| self.complete.contains(k))
+        let held = |kind: &Kind| self.complete.contains(kind) || self.settled;
+        self.is_complete_but_for_optional() && Kind::ALL.iter().all(held)
+    }
+
+    /// The same, of the types that every controller knows.
+    pub(super) fn is_complete_but_for_optional(&self) -> bool {
+        let held = |kind: &Kind| self.complete.contains(kind) || kind.is_optional();
+        self.mesh.is_some() && Kind::ALL.iter().all(held)
+    }
+
+    /// Waits for optional types no longer.
+    pub(super) fn settle(&mut self) {
+        self.settled = true;
     }
 
     pub(super) fn known(&self, type_url: &str) -> HashMap<String, String> {
@@ -150,35 +201,42 @@ impl Model {
                 .map(|(name, version)| (name.to_owned(), version.to_owned()))
                 .collect()
         }
-        match Kind::of(type_url) {
-            Some(Kind::MeshConfig) => versions(self.mesh.iter().map(|h| (MESH, &*h.version))),
-            Some(Kind::Workload) => versions(
-                self.workloads
-                    .iter()
-                    .map(|(name, h)| (&**name, &*h.version)),
-            ),
-            Some(Kind::Service) => {
-                versions(self.services.iter().map(|(name, h)| (&**name, &*h.version)))
-            }
-            Some(Kind::EndpointSlice) => versions(
-                self.slices
-                    .iter()
-                    .map(|(name, (version, _))| (&**name, &**version)),
-            ),
-            None => HashMap::new(),
+        fn versioned<T>(all: &HashMap<Arc<str>, (Box<str>, T)>) -> HashMap<String, String> {
+            versions(all.iter().map(|(name, (version, _))| (&**name, &**version)))
+        }
+        fn held<T>(all: &HashMap<Arc<str>, Held<T>>) -> HashMap<String, String> {
+            versions(all.iter().map(|(name, held)| (&**name, &*held.version)))
+        }
+        let Some(kind) = Kind::of(type_url) else {
+            return HashMap::new();
+        };
+        match kind {
+            Kind::MeshConfig => versions(self.mesh.iter().map(|h| (MESH, &*h.version))),
+            Kind::Workload => held(&self.workloads),
+            Kind::Service => held(&self.services),
+            Kind::EndpointSlice => versioned(&self.slices),
+            Kind::Route => versioned(&self.rules.routes),
+            Kind::BackendTrafficPolicy => versioned(&self.rules.backend_policies),
+            Kind::TrafficPolicy => versioned(&self.rules.traffic_policies),
         }
     }
 
-    pub(super) fn counts(&self) -> [(Kind, usize); 4] {
-        Kind::ALL.map(|kind| {
-            let count = match kind {
-                Kind::MeshConfig => usize::from(self.mesh.is_some()),
-                Kind::Workload => self.workloads.len(),
-                Kind::Service => self.services.len(),
-                Kind::EndpointSlice => self.slices.len(),
-            };
-            (kind, count)
-        })
+    pub(super) fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::MeshConfig => usize::from(self.mesh.is_some()),
+            Kind::Workload => self.workloads.len(),
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+            Kind::Route => self.rules.routes.len(),
+            Kind::BackendTrafficPolicy => self.rules.backend_policies.len(),
+            Kind::TrafficPolicy => self.rules.traffic_policies.len(),
+        }
+    }
+
+    /// How many Service ports are held for what points to them.
+    #[cfg(test)]
+    pub(super) fn places(&self) -> usize {
+        self.rules.places()
     }
 
     pub(super) fn workloads(&self) -> impl Iterator<Item = Arc<Workload>> {
@@ -211,6 +269,7 @@ impl Model {
                 version: update.version.as_str().into(),
                 value: mesh,
             });
+            self.refresh_targets();
             let early: Vec<_> = std::mem::take(&mut self.early).into_values().collect();
             self.apply_workloads(view, &early, &[], applied);
         }

@@ -553,3 +553,5 @@ fn the_dump_shows_everything() {
     let endpoint = &dump["services"][0]["ports"][0]["endpoints"][0];
     assert_eq!(endpoint["address"], "10.0.0.1:8080");
 }
+
+mod routes;

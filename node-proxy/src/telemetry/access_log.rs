@@ -1,4 +1,4 @@
-//! One line a connection, written by a thread of its own so that a slow reader of standard output never
+//! One line a connection, or a request where requests are understood, written by a thread of its own so that a slow reader of standard output never
 //! holds up traffic: lines that do not fit the queue are dropped and counted.
 
 use std::io::Write;
@@ -11,6 +11,11 @@ use mesh_api::errors::ProxyError;
 use serde::{Deserialize, Serialize};
 
 use super::{Party, Telemetry};
+
+mod request;
+
+pub use request::RequestRecord;
+pub(super) use request::{MAX_NAME, bounded};
 
 /// Form of the lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +36,7 @@ const QUEUE: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct AccessLog {
     format: Format,
+    query: bool,
     lines: Option<SyncSender<String>>,
     telemetry: Arc<Telemetry>,
 }
@@ -66,6 +72,7 @@ impl AccessLog {
         if format == Format::Off {
             return Ok(Self {
                 format,
+                query: false,
                 lines: None,
                 telemetry,
             });
@@ -83,18 +90,45 @@ impl AccessLog {
             })?;
         Ok(Self {
             format,
+            query: false,
             lines: Some(lines),
             telemetry,
         })
     }
 
+    /// Whether the paths of requests are written with their query, which may hold secrets. Without this call:
+    /// no.
+    pub fn with_query(self, query: bool) -> Self {
+        Self { query, ..self }
+    }
+
+    /// Whether anything is written, so that nothing need be put together for a log that is off.
+    pub fn is_on(&self) -> bool {
+        self.lines.is_some()
+    }
+
     /// Writes one line; drops it if the queue is full.
     pub fn write(&self, record: &Record<'_>) {
+        self.send(|format| match format {
+            Format::Off => None,
+            Format::Text => Some(record.text()),
+            Format::Json => Some(record.json()),
+        });
+    }
+
+    /// Writes one line for a request; drops it if the queue is full.
+    pub fn write_request(&self, record: &RequestRecord<'_>) {
+        self.send(|format| match format {
+            Format::Off => None,
+            Format::Text => Some(record.text(self.query)),
+            Format::Json => Some(record.json(self.query)),
+        });
+    }
+
+    fn send(&self, line: impl FnOnce(Format) -> Option<String>) {
         let Some(lines) = &self.lines else { return };
-        let mut line = match self.format {
-            Format::Off => return,
-            Format::Text => record.text(),
-            Format::Json => record.json(),
+        let Some(mut line) = line(self.format) else {
+            return;
         };
         line.push('\n');
         if lines.try_send(line).is_err() {
@@ -131,7 +165,6 @@ impl Record<'_> {
     }
 
     fn json(&self) -> String {
-        let party = |p: &Party| serde_json::json!({"workload": p.workload(), "namespace": p.namespace(), "identity": p.principal()});
         serde_json::json!({
             "time": now(),
             "direction": self.direction,
@@ -147,6 +180,10 @@ impl Record<'_> {
         })
         .to_string()
     }
+}
+
+fn party(party: &Party) -> serde_json::Value {
+    serde_json::json!({"workload": party.workload(), "namespace": party.namespace(), "identity": party.principal()})
 }
 
 fn now() -> String {

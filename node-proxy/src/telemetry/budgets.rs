@@ -69,6 +69,23 @@ impl Collector for Budgets {
             let family = refusals.encode_family(&labels)?;
             ConstCounter::new(account.refused(resource)).encode(family)?;
         }
+        let mut malformed = encoder.encode_descriptor(
+            "workload_malformed",
+            "What a pod sent that is no valid HTTP, by reason",
+            None,
+            counter,
+        )?;
+        for account in &accounts {
+            for (reason, count) in account.malformed_counts() {
+                let labels = [
+                    ("namespace", account.namespace().to_string()),
+                    ("pod", account.pod().to_string()),
+                    ("reason", reason.to_owned()),
+                ];
+                let family = malformed.encode_family(&labels)?;
+                ConstCounter::new(count).encode(family)?;
+            }
+        }
         Ok(())
     }
 }

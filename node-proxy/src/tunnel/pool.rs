@@ -383,6 +383,11 @@ impl Tunnel {
 }
 
 impl Slot {
+    /// Takes the sender that is ready; the place stays taken until the slot drops.
+    pub fn take_sender(&mut self) -> SendRequest<Bytes> {
+        std::mem::replace(&mut self.send, self.tunnel.send.clone())
+    }
+
     fn with_sender(mut self, send: SendRequest<Bytes>) -> Self {
         self.send = send;
         self

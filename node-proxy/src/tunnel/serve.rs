@@ -1,6 +1,6 @@
 //! The callee's half of tunnels: the handshake, the checks on each stream, delivery.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -29,6 +29,11 @@ use crate::authorize;
 use crate::budget::{Charge, Resource};
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
+use crate::http::answer::{self, is_grpc};
+use crate::http::body::Body;
+use crate::http::callee::{self, Call};
+use crate::http::upgrade::{self, Upgraded};
+use crate::http::{connection, wire};
 use crate::identity::LocalIdentity;
 use crate::pods::{CapturedGuard, Pod};
 use crate::tcp::reset_on_close;
@@ -225,6 +230,7 @@ impl Tunnel {
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_streams(MAX_STREAMS)
+            .enable_connect_protocol()
             .handshake(tls);
         let mut connection: Connection<_, Bytes> =
             match timeout(HANDSHAKE_TIMEOUT, connection).await {
@@ -323,6 +329,9 @@ impl Tunnel {
             },
         );
         flow.security = Security::MutualTls;
+        if is_request(&request) && matches!(self.entrance, Entrance::Node) {
+            return Box::pin(self.request(request, respond, flow)).await;
+        }
         let admitted = Box::pin(self.admit(&request, &mut flow)).await;
         let Admitted {
             pod,
@@ -375,16 +384,58 @@ impl Tunnel {
         drop((charge, captured));
     }
 
+    /// An HTTP request of its own.
+    async fn request(
+        self: Arc<Self>,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        mut flow: Flow,
+    ) {
+        let context = Arc::clone(&self.worker.context);
+        let (mut parts, stream) = request.into_parts();
+        let body = Body::http2(stream, &parts.headers);
+        let judged = match wire::open(&mut parts) {
+            Err(error) => Err(error),
+            Ok(envelope) => {
+                flow.destination_address = envelope.target;
+                let judged = self.judge(envelope.target, Some(envelope.source), &mut flow);
+                judged.await.map(|judged| (judged, envelope))
+            }
+        };
+        let (judged, envelope) = match judged {
+            Ok(judged) => judged,
+            Err(error) => {
+                flow.fail(&context, error);
+                let response = answer::refusal(error, is_grpc(&parts.headers));
+                return connection::send(response, &mut respond).await;
+            }
+        };
+        let Judged {
+            pod,
+            source,
+            charge,
+            captured,
+        } = judged;
+        let call = Call {
+            caller: flow.source,
+            source,
+            target: envelope.target,
+            service: envelope
+                .service
+                .and_then(|reference| context.table.service_port(&reference)),
+            security: Security::MutualTls,
+        };
+        let request = Request::from_parts(parts, body);
+        let serving = serve_request(&self.worker, &pod, &call, request, &mut respond);
+        serving.await;
+        drop((charge, captured));
+    }
+
     async fn admit(
         &self,
         request: &Request<RecvStream>,
         flow: &mut Flow,
     ) -> Result<Admitted, ProxyError> {
-        let context = &self.worker.context;
-        let now = SystemTime::now();
-        if self.peer.not_after <= now || self.local.not_after <= now {
-            return Err(ProxyError::CertificateExpired);
-        }
         if request.method() != Method::CONNECT
             || request.extensions().get::<h2::ext::Protocol>().is_some()
         {
@@ -399,6 +450,33 @@ impl Tunnel {
         let target = SocketAddr::new(target.ip().to_canonical(), target.port());
         flow.destination_address = target;
         let claimed = claimed_source(request.headers())?;
+        let Judged {
+            pod,
+            source,
+            charge,
+            captured,
+        } = self.judge(target, claimed, flow).await?;
+        let delivered = deliver::to_app(&pod, source, target).await?;
+        Ok(Admitted {
+            pod,
+            delivered,
+            charge,
+            captured,
+        })
+    }
+
+    /// Whether the peer may reach the target as the source it claims.
+    async fn judge(
+        &self,
+        target: SocketAddr,
+        claimed: Option<IpAddr>,
+        flow: &mut Flow,
+    ) -> Result<Judged, ProxyError> {
+        let context = &self.worker.context;
+        let now = SystemTime::now();
+        if self.peer.not_after <= now || self.local.not_after <= now {
+            return Err(ProxyError::CertificateExpired);
+        }
         let pod = self.target(target, &self.local.identity)?;
         flow.destination = Party::meshed(&pod.info.load().owner, &pod.identity);
         let source = match (&self.entrance, claimed) {
@@ -428,10 +506,9 @@ impl Tunnel {
         }
         let charge = pod.account.charge(Resource::Stream)?;
         let captured = pod.captured.enter();
-        let delivered = deliver::to_app(&pod, source, target).await?;
-        Ok(Admitted {
+        Ok(Judged {
             pod,
-            delivered,
+            source,
             charge,
             captured,
         })
@@ -454,6 +531,52 @@ impl Tunnel {
         } else {
             Err(ProxyError::NotLocal)
         }
+    }
+}
+
+/// A stream whose peer may reach its target.
+struct Judged {
+    pod: Arc<Pod>,
+    source: IpAddr,
+    charge: crate::budget::Charge,
+    captured: CapturedGuard,
+}
+
+/// Anything but the CONNECT of a TCP connection.
+fn is_request(request: &Request<RecvStream>) -> bool {
+    request.method() != Method::CONNECT || request.extensions().get::<h2::ext::Protocol>().is_some()
+}
+
+async fn serve_request(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    call: &Call,
+    mut request: Request<Body>,
+    respond: &mut SendResponse<Bytes>,
+) {
+    let upgrade = callee::is_upgrade(&request);
+    // What an upgraded connection brings follows on the stream.
+    let follows = upgrade.then(|| std::mem::take(request.body_mut()));
+    let response = tokio::select! {
+        biased;
+        response = callee::deliver(worker, pod, call, request) => response,
+        // The caller gave up.
+        _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+    };
+    let (mut parts, body) = response.into_parts();
+    let upgraded = parts.extensions.remove::<Upgraded>();
+    wire::seal_response(&mut parts);
+    match (upgraded.and_then(Upgraded::into_raw), follows) {
+        (Some(raw), Some(follows)) => {
+            let (sends, writing) = upgrade::split(raw, follows);
+            let response = Response::from_parts(parts, sends);
+            // Either direction may end before the other.
+            let (_, written) = tokio::join!(connection::send(response, respond), writing);
+            if let Err(error) = written {
+                tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
+            }
+        }
+        _ => connection::send(Response::from_parts(parts, body), respond).await,
     }
 }
 

@@ -29,6 +29,7 @@ impl Model {
             if let Some(old) = self.services.remove(name.as_str()) {
                 withdraw(view, &old.value, None);
             }
+            self.refresh_target(name, Some(true));
         }
     }
 
@@ -37,25 +38,43 @@ impl Model {
             .services
             .get(update.name.as_str())
             .map(|h| Arc::clone(&h.value));
-        let endpoints_of = |port: u16| {
-            let known = old.iter().flat_map(|s| &s.ports).find(|p| p.port == port);
-            known.map_or_else(
-                || Arc::new(EndpointSet::new()),
-                |p| Arc::clone(&p.endpoints),
-            )
+        let known = |port: u16| {
+            let mut before = old.iter().flat_map(|s| &s.ports);
+            before.find(|p| p.port == port)
         };
         let service = (Arc::clone(&spec.namespace), Arc::clone(&spec.name));
+        let label: Arc<str> = format!("{}.{}", spec.name, spec.namespace).into();
         let ports = spec
             .ports
             .into_iter()
             .map(|p| {
+                let known = known(p.port);
+                let endpoints = known.map_or_else(
+                    || Arc::new(EndpointSet::new()),
+                    |p| Arc::clone(&p.endpoints),
+                );
+                let http = known.map_or_else(Arc::default, |p| Arc::clone(&p.http));
+                let state = known.map_or_else(Arc::default, |p| Arc::clone(&p.state));
+                let (label, reference) = match known {
+                    Some(p) => (Arc::clone(&p.label), Arc::clone(&p.reference)),
+                    None => {
+                        let reference = format!("{}/{}:{}", spec.namespace, spec.name, p.port);
+                        (Arc::clone(&label), reference.into())
+                    }
+                };
                 Arc::new(ServicePort {
                     service: service.clone(),
                     port: p.port,
                     name: p.name,
                     node_port: p.node_port,
                     app_protocol: p.app_protocol,
-                    endpoints: endpoints_of(p.port),
+                    internal_traffic_local: spec.internal_traffic_local,
+                    traffic_distribution: spec.traffic_distribution,
+                    endpoints,
+                    http,
+                    state,
+                    label,
+                    reference,
                 })
             })
             .collect();
@@ -65,8 +84,14 @@ impl Model {
             addresses: spec.addresses,
             ports,
         });
-        // Its endpoints are in place before anyone can find it.
+        // Its endpoints and rules are in place before anyone can find it.
         self.set_endpoints(&update.name, &service);
+        for port in &service.ports {
+            // Routes and policies are attached by a port's number and name.
+            if known(port.port).is_none_or(|before| before.name != port.name) {
+                self.rules.build(&update.name, port);
+            }
+        }
         publish(view, &service);
         if let Some(old) = &old {
             withdraw(view, old, Some(&service));
@@ -76,6 +101,7 @@ impl Model {
             value: service,
         };
         self.services.insert(update.name.as_str().into(), held);
+        self.refresh_target(&update.name, Some(false));
     }
 
     pub(super) fn apply_slices(
@@ -146,6 +172,8 @@ impl Model {
                     terminating: e.terminating,
                     node: Arc::clone(&e.node),
                     zone: Arc::clone(&e.zone),
+                    for_zones: e.for_zones.clone(),
+                    for_nodes: e.for_nodes.clone(),
                 }));
             }
             // An endpoint that is moving between slices may be in both: the ready one counts.
@@ -167,6 +195,8 @@ fn publish(view: &View, service: &Arc<Service>) {
         here.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     }
     for port in &service.ports {
+        view.ports
+            .insert(Arc::clone(&port.reference), Arc::clone(port));
         if let Some(node_port) = port.node_port {
             view.node_ports.insert(node_port, Arc::clone(port));
         }
@@ -188,6 +218,9 @@ fn withdraw(view: &View, old: &Service, new: Option<&Service>) {
         new.is_some_and(|new| new.ports.iter().any(|p| p.node_port == Some(node_port)))
     };
     for port in &old.ports {
+        if !new.is_some_and(|new| new.ports.iter().any(|p| p.port == port.port)) {
+            view.ports.remove(&port.reference);
+        }
         if let Some(node_port) = port.node_port.filter(|n| !kept(*n)) {
             view.node_ports
                 .remove_if(&node_port, |_, held| held.service == port.service);

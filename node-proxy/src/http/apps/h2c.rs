@@ -1,0 +1,320 @@
+//! HTTP/2 connections to apps, with prior knowledge.
+//!
+//! One dial per key at a time; whoever needs the connection waits for it. A connection is left when the app
+//! sends GOAWAY or it fails, and another one is dialled when every one carries as many streams as the app
+//! takes.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::header::{self, HeaderMap};
+use http::uri::{Authority, Scheme, Uri};
+use http::{Method, Request, Response, Version};
+use mesh_api::errors::ProxyError;
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, interval, timeout};
+
+use super::{AppError, AppKey, IDLE, Key, Pool, SWEEP, State, connect};
+use crate::budget::Charge;
+use crate::http::body::{Body, ExchangeError, exchange};
+use crate::http::h1::remove_hop_by_hop;
+
+/// Windows of a stream and of a connection: what a caller that does not read can make the proxy hold.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+const SEND_BUFFER: usize = 256 * 1024;
+const MAX_HEADER_LIST: u32 = 64 * 1024;
+/// Streams on one connection before the next is opened.
+const MOST_STREAMS: usize = 256;
+/// Connections of one key; beyond, requests wait for a stream.
+const MOST_CONNECTIONS: usize = 32;
+/// Connections that turn out to be closing before a request gives up.
+const ATTEMPTS: usize = 3;
+
+/// The connections of one key.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    connections: Vec<Arc<Connection>>,
+    dialing: Option<Dialing>,
+}
+
+#[derive(Debug)]
+struct Dialing {
+    outcome: watch::Receiver<Option<Result<(), ProxyError>>>,
+    task: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Connection {
+    send: SendRequest<Bytes>,
+    streams: AtomicUsize,
+    closed: AtomicBool,
+    idle_since: Mutex<Instant>,
+    driver: Option<AbortHandle>,
+}
+
+/// A place for one stream.
+struct Place(Arc<Connection>);
+
+impl Shared {
+    pub(super) fn is_empty(&self) -> bool {
+        self.connections.is_empty() && self.dialing.is_none()
+    }
+
+    /// The connection with the fewest streams, if it takes one more or there may be no other.
+    fn free(&mut self) -> Option<Place> {
+        self.connections
+            .retain(|connection| !connection.closed.load(Ordering::Relaxed));
+        let load = |connection: &&Arc<Connection>| connection.streams.load(Ordering::Relaxed);
+        let least = self.connections.iter().min_by_key(load)?;
+        let room = load(&least) < least.share();
+        (room || self.connections.len() >= MOST_CONNECTIONS).then(|| Place::on(least))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(dialing) = &self.dialing {
+            dialing.task.abort();
+        }
+        for connection in &self.connections {
+            if let Some(driver) = &connection.driver {
+                driver.abort();
+            }
+        }
+    }
+}
+
+impl Connection {
+    fn share(&self) -> usize {
+        self.send.current_max_send_streams().clamp(1, MOST_STREAMS)
+    }
+}
+
+impl Place {
+    fn on(connection: &Arc<Connection>) -> Self {
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(connection))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *self.0.idle_since.lock() = Instant::now();
+        }
+    }
+}
+
+/// Sends a request over a connection of the key's.
+pub(super) async fn send(
+    pool: &Arc<Pool>,
+    key: &AppKey,
+    request: Request<Body>,
+    connect_timeout: Duration,
+) -> Result<Response<Body>, AppError> {
+    let shelf = Key::from(key);
+    let mut last = ProxyError::ConnectFailed;
+    for _ in 0..ATTEMPTS {
+        let place = match step(pool, key, &shelf, connect_timeout) {
+            Step::Use(place) => place,
+            Step::Wait(mut outcome) => {
+                // The dial's own time limit is that of whoever began it.
+                let dialled = timeout(connect_timeout, outcome.wait_for(Option::is_some)).await;
+                let error = match dialled.map(|outcome| outcome.map(|outcome| *outcome)) {
+                    Ok(Ok(Some(Err(error)))) => error,
+                    Ok(Ok(_)) => continue,
+                    Ok(Err(_dial_was_dropped)) => ProxyError::Internal,
+                    Err(_late) => ProxyError::ConnectTimeout,
+                };
+                return Err(AppError::Connect(error, Some(Box::new(request))));
+            }
+        };
+        match place.0.send.clone().ready().await {
+            Ok(mut ready) => {
+                let request = for_http2(request);
+                let connection = Arc::clone(&place.0);
+                let sent = exchange(&mut ready, request, Some(Box::new(place))).await;
+                if let Err(ExchangeError::Connection(_) | ExchangeError::Unusable(_)) = &sent {
+                    connection.closed.store(true, Ordering::Relaxed);
+                }
+                return sent.map_err(AppError::Http2);
+            }
+            Err(_going_away) => {
+                place.0.closed.store(true, Ordering::Relaxed);
+                last = ProxyError::ConnectFailed;
+            }
+        }
+    }
+    Err(AppError::Connect(last, Some(Box::new(request))))
+}
+
+enum Step {
+    Use(Place),
+    Wait(watch::Receiver<Option<Result<(), ProxyError>>>),
+}
+
+fn step(pool: &Arc<Pool>, key: &AppKey, shelf: &Key, connect_timeout: Duration) -> Step {
+    let mut state = pool.state.lock();
+    let State {
+        shelves, sweeper, ..
+    } = &mut *state;
+    let shared = &mut shelves.entry(shelf.clone()).or_default().shared;
+    pool.start_sweeper(sweeper);
+    if let Some(place) = shared.free() {
+        return Step::Use(place);
+    }
+    if let Some(dialing) = &shared.dialing {
+        return Step::Wait(dialing.outcome.clone());
+    }
+    let (done, outcome) = watch::channel(None);
+    let dial = dial(
+        Arc::downgrade(pool),
+        key.clone(),
+        shelf.clone(),
+        connect_timeout,
+        done,
+    );
+    let task = tokio::spawn(dial).abort_handle();
+    shared.dialing = Some(Dialing {
+        outcome: outcome.clone(),
+        task,
+    });
+    Step::Wait(outcome)
+}
+
+/// Opens a connection, then drives it until it ends or has been idle for long.
+async fn dial(
+    pool: Weak<Pool>,
+    key: AppKey,
+    shelf: Key,
+    within: Duration,
+    done: watch::Sender<Option<Result<(), ProxyError>>>,
+) {
+    let opened = timeout(within, async {
+        let (stream, charge) = connect(&key, within).await?;
+        let (send, driving) = handshake(stream)
+            .await
+            .map_err(|_| ProxyError::ConnectFailed)?;
+        Ok((send, driving, charge))
+    });
+    let opened = opened.await.unwrap_or(Err(ProxyError::ConnectTimeout));
+    drop(key);
+    let opened = match opened {
+        Ok((send, driving, charge)) => shelve(&pool, &shelf, Some(send))
+            .map(|connection| (connection, driving, charge))
+            .ok_or(ProxyError::Internal),
+        Err(error) => {
+            shelve(&pool, &shelf, None);
+            Err(error)
+        }
+    };
+    let (connection, driving, charge) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            done.send_replace(Some(Err(error)));
+            return;
+        }
+    };
+    done.send_replace(Some(Ok(())));
+    drop(done);
+    drive(driving, charge, &connection).await;
+    connection.closed.store(true, Ordering::Relaxed);
+    if let Some(pool) = pool.upgrade() {
+        let mut state = pool.state.lock();
+        if let Some(shelf) = state.shelves.get_mut(&shelf) {
+            let connections = &mut shelf.shared.connections;
+            connections.retain(|other| !Arc::ptr_eq(other, &connection));
+        }
+    }
+}
+
+/// Ends the dial: puts the new connection where requests find it. None without one, or when the pool has
+/// ended.
+fn shelve(
+    pool: &Weak<Pool>,
+    shelf: &Key,
+    send: Option<SendRequest<Bytes>>,
+) -> Option<Arc<Connection>> {
+    let pool = pool.upgrade()?;
+    let mut state = pool.state.lock();
+    let shared = &mut state.shelves.get_mut(shelf)?.shared;
+    let dialing = shared.dialing.take();
+    let connection = Arc::new(Connection {
+        send: send?,
+        streams: AtomicUsize::new(0),
+        closed: AtomicBool::new(false),
+        idle_since: Mutex::new(Instant::now()),
+        driver: dialing.map(|dialing| dialing.task),
+    });
+    shared.connections.push(Arc::clone(&connection));
+    Some(connection)
+}
+
+type Driving = h2::client::Connection<TcpStream, Bytes>;
+
+async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h2::Error> {
+    h2::client::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(MAX_HEADER_LIST)
+        .max_send_buffer_size(SEND_BUFFER)
+        .enable_push(false)
+        .handshake(stream)
+        .await
+}
+
+async fn drive(mut driving: Driving, charge: Charge, connection: &Connection) {
+    let idle = async {
+        let mut ticks = interval(SWEEP);
+        loop {
+            ticks.tick().await;
+            let unused = connection.streams.load(Ordering::Relaxed) == 0;
+            let left = connection.closed.load(Ordering::Relaxed);
+            if unused && (left || connection.idle_since.lock().elapsed() >= IDLE) {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        // Its reason reaches every stream.
+        _ended = &mut driving => {}
+        () = idle => {}
+    }
+    drop(charge);
+}
+
+/// What an HTTP/2 app expects of a request that may have come over HTTP/1 (RFC 9113 8.2.2, 8.3.1).
+fn for_http2(request: Request<Body>) -> Request<Body> {
+    let (mut parts, body) = request.into_parts();
+    remove_hop_by_hop(&mut parts.headers);
+    if parts.uri.scheme().is_none()
+        && parts.method != Method::CONNECT
+        && let Some(uri) = absolute(&parts.uri, &parts.headers)
+    {
+        parts.uri = uri;
+    }
+    if parts.uri.authority().is_some() {
+        parts.headers.remove(header::HOST);
+        parts.version = Version::HTTP_2;
+    } else {
+        // h2 takes a target without authority only from HTTP/1.
+        parts.version = Version::HTTP_11;
+    }
+    Request::from_parts(parts, body)
+}
+
+/// The target with the authority that Host names.
+fn absolute(uri: &Uri, headers: &HeaderMap) -> Option<Uri> {
+    let host = headers.get(header::HOST)?;
+    let mut parts = uri.clone().into_parts();
+    parts.scheme = Some(Scheme::HTTP);
+    parts.authority = Some(Authority::try_from(host.as_bytes()).ok()?);
+    Uri::from_parts(parts).ok()
+}

@@ -1,0 +1,291 @@
+//! One try of a request at one endpoint: on this node, through a tunnel, or outside the mesh.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::RETRY_AFTER;
+use http::request::Parts;
+use http::{Request, Response, StatusCode};
+use mesh_api::errors::ProxyError;
+use mesh_api::names::PROXY_ERROR_HEADER;
+
+use super::apps::{AppError, AppKey};
+use super::body::{Body, ExchangeError, exchange};
+use super::callee::{self, Call, failure, from_app, is_upgrade};
+use super::retry::Cause;
+use super::upgrade::{Upgraded, deferred};
+use super::wire::{self, Envelope};
+use crate::authorize;
+use crate::pods::Pod;
+use crate::resolve::{self, Path};
+use crate::table::{ServicePort, Workload};
+use crate::telemetry::{Party, Security};
+use crate::tunnel::pool::{Dialer, Key};
+use crate::tunnel::tls;
+use crate::worker::Worker;
+
+/// Who calls, and as what.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller<'a> {
+    /// The thread.
+    pub worker: &'a Arc<Worker>,
+    /// The caller's pod.
+    pub pod: &'a Arc<Pod>,
+    /// The caller in metrics.
+    pub party: &'a Party,
+    /// Its address.
+    pub source: SocketAddr,
+}
+
+/// An answer, perhaps one that the callee's proxy made.
+#[derive(Debug)]
+pub struct Answer {
+    /// The answer.
+    pub response: Response<Body>,
+    /// Why it is a proxy's own.
+    pub error: Option<ProxyError>,
+}
+
+/// No answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Failed {
+    /// What the caller is told.
+    pub error: ProxyError,
+    /// What it means for another try. `None`: there is none.
+    pub cause: Option<Cause>,
+}
+
+/// The endpoint as it is told in metrics, and how it is reached.
+#[derive(Debug)]
+pub struct Way {
+    path: Path,
+    to: SocketAddr,
+    /// The callee in metrics.
+    pub party: Party,
+    /// How the request travels.
+    pub security: Security,
+}
+
+impl Way {
+    /// The way to `to`.
+    pub fn to(caller: &Caller<'_>, to: SocketAddr) -> Result<Self, ProxyError> {
+        let context = &caller.worker.context;
+        let path = resolve::path(&context.table, &context.pods, &context.node, to)?;
+        let (party, security) = match &path {
+            Path::Direct => {
+                let known = context.table.workload(to.ip());
+                let party = known.map_or_else(Party::unknown, |w| party(&w));
+                (party, Security::Plaintext)
+            }
+            Path::Local(workload, _) | Path::Tunnel(workload, _) | Path::Hbone(workload, _) => {
+                (party(workload), Security::MutualTls)
+            }
+        };
+        Ok(Self {
+            path,
+            to,
+            party,
+            security,
+        })
+    }
+
+    /// Sends a request that way and waits for the head of the answer.
+    pub async fn send(
+        self,
+        caller: &Caller<'_>,
+        service: Option<&Arc<ServicePort>>,
+        parts: Parts,
+        body: Body,
+        connect_timeout: Duration,
+    ) -> Result<Answer, Failed> {
+        let request = Request::from_parts(parts, body);
+        match self.path {
+            Path::Local(workload, pod) => {
+                judge_local(caller, &workload, &pod).map_err(|error| Failed {
+                    error,
+                    cause: error.retryable().then_some(Cause::ConnectFailure),
+                })?;
+                let call = Call {
+                    caller: caller.party.clone(),
+                    source: caller.source.ip(),
+                    target: self.to,
+                    service: service.cloned(),
+                    security: Security::MutualTls,
+                };
+                let response = Box::pin(callee::deliver(caller.worker, &pod, &call, request)).await;
+                judge(response)
+            }
+            Path::Direct => outside(caller, self.to, request, connect_timeout).await,
+            Path::Tunnel(workload, address) => {
+                let key = Key {
+                    caller: caller.pod.identity.clone(),
+                    callee: workload.identity.clone(),
+                    address,
+                    kind: tls::Kind::Warren,
+                    source: None,
+                };
+                let envelope = Envelope {
+                    target: self.to,
+                    source: caller.source.ip(),
+                    service: service.map(|port| Arc::clone(&port.reference)),
+                };
+                through_tunnel(caller, &key, &envelope, request, connect_timeout).await
+            }
+            // HBONE peers take connections, not requests.
+            Path::Hbone(..) => Err(Failed {
+                error: ProxyError::UnsupportedProtocol,
+                cause: None,
+            }),
+        }
+    }
+}
+
+/// What a tunnel's server would judge.
+fn judge_local(caller: &Caller<'_>, callee: &Workload, served: &Pod) -> Result<(), ProxyError> {
+    let source = caller.source.ip();
+    let claimed = caller.worker.context.table.workload(source);
+    let own = caller.pod.info.load().addresses.contains(&source);
+    let identity = &caller.pod.identity;
+    authorize::local(callee, &served.identity, claimed.as_deref(), identity, own)
+}
+
+fn party(workload: &Workload) -> Party {
+    Party::meshed(&workload.owner, &workload.identity)
+}
+
+async fn outside(
+    caller: &Caller<'_>,
+    to: SocketAddr,
+    request: Request<Body>,
+    connect_timeout: Duration,
+) -> Result<Answer, Failed> {
+    let key = AppKey {
+        pod: Arc::clone(caller.pod),
+        from: None,
+        to,
+        version: request.version(),
+    };
+    let sent = caller
+        .worker
+        .apps
+        .send_within(&key, request, connect_timeout);
+    match sent.await {
+        Ok(response) => Ok(Answer {
+            response: from_app(response),
+            error: None,
+        }),
+        Err(error) => {
+            let cause = match &error {
+                AppError::Connect(..) => Some(Cause::ConnectFailure),
+                AppError::ClosedIdle(_) => Some(Cause::IdleClosed),
+                AppError::Http2(error) if error.is_unprocessed() => Some(Cause::RefusedStream),
+                AppError::Http1(super::h1::SendError::Body(_))
+                | AppError::Http2(ExchangeError::Body(_)) => None,
+                AppError::Http1(_) | AppError::Http2(_) => Some(Cause::ResetBeforeHeaders),
+            };
+            let error = failure(&error);
+            Err(Failed { error, cause })
+        }
+    }
+}
+
+async fn through_tunnel(
+    caller: &Caller<'_>,
+    key: &Key,
+    envelope: &Envelope,
+    request: Request<Body>,
+    connect_timeout: Duration,
+) -> Result<Answer, Failed> {
+    let failed = |error, cause| Failed { error, cause };
+    let (mut parts, mut body) = request.into_parts();
+    let upgrade = is_upgrade(&Request::from_parts(parts.clone(), ()));
+    wire::seal(&mut parts, envelope).map_err(|error| failed(error, None))?;
+    let dialer = Dialer::Node(Arc::clone(&caller.worker.context.host));
+    let slot = caller.worker.pool.slot(key, &dialer);
+    let mut slot = tokio::time::timeout(connect_timeout, slot)
+        .await
+        .unwrap_or(Err(ProxyError::ConnectTimeout))
+        .map_err(|error| failed(error, error.retryable().then_some(Cause::ConnectFailure)))?;
+    let mut client = None;
+    if upgrade {
+        let (known, later) = deferred();
+        (client, body) = (Some(known), later);
+    }
+    let mut send = slot.take_sender();
+    let request = Request::from_parts(parts, body);
+    let exchanged = exchange(&mut send, request, Some(Box::new(slot))).await;
+    let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
+    let error = wire::open_response(&mut parts);
+    let mut response = Response::from_parts(parts, body);
+    if let Some(client) = client
+        && error.is_none()
+        && (response.status() == StatusCode::SWITCHING_PROTOCOLS
+            || (response.status().is_success()))
+    {
+        let from = std::mem::take(response.body_mut());
+        response
+            .extensions_mut()
+            .insert(Upgraded::stream(client, from));
+    }
+    match error {
+        Some(error) => named(response, error),
+        None => Ok(Answer {
+            response,
+            error: None,
+        }),
+    }
+}
+
+/// An answer of this process's own callee half.
+fn judge(response: Response<Body>) -> Result<Answer, Failed> {
+    let named_error = response.headers().get(PROXY_ERROR_HEADER);
+    let error = named_error.map(|name| {
+        let known = name.to_str().ok().and_then(ProxyError::from_name);
+        known.unwrap_or(ProxyError::Internal)
+    });
+    match error {
+        Some(error) => named(response, error),
+        None => Ok(Answer {
+            response,
+            error: None,
+        }),
+    }
+}
+
+/// The callee's proxy answered itself: where no app has seen the request another endpoint may do better.
+fn named(mut response: Response<Body>, error: ProxyError) -> Result<Answer, Failed> {
+    let cause = match error {
+        error if error.retryable() => Some(Cause::ConnectFailure),
+        ProxyError::UpstreamReset => Some(Cause::ResetBeforeHeaders),
+        _ => None,
+    };
+    if let Some(cause) = cause {
+        return Err(Failed {
+            error,
+            cause: Some(cause),
+        });
+    }
+    response.headers_mut().insert(
+        PROXY_ERROR_HEADER,
+        http::HeaderValue::from_static(error.name()),
+    );
+    debug_assert!(response.headers().get(RETRY_AFTER).is_none() || error.status() == 429);
+    Ok(Answer {
+        response,
+        error: Some(error),
+    })
+}
+
+fn of_tunnel(error: &ExchangeError) -> Failed {
+    let unprocessed = error.is_unprocessed();
+    let (error, cause) = match error {
+        ExchangeError::Body(body) => (callee::of_request_body(body), None),
+        _ if unprocessed => (ProxyError::TunnelReset, Some(Cause::RefusedStream)),
+        ExchangeError::Reset(_) => (ProxyError::UpstreamReset, Some(Cause::ResetBeforeHeaders)),
+        ExchangeError::Unusable(_) | ExchangeError::Connection(_) => {
+            (ProxyError::TunnelReset, Some(Cause::ResetBeforeHeaders))
+        }
+    };
+    Failed { error, cause }
+}

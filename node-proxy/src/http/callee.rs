@@ -1,0 +1,219 @@
+//! The callee's half of a request: limited, told who calls, delivered to the app.
+//!
+//! Whoever calls [`deliver`] has judged the caller already: a tunnel's stream in `tunnel::serve`, the same node
+//! in `http::caller`, plaintext in `inbound`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::header::{HeaderName, HeaderValue, UPGRADE};
+use http::{Method, Request, Response, StatusCode};
+use mesh_api::errors::ProxyError;
+use mesh_api::names::CLIENT_ID_HEADER;
+
+use super::answer::{is_grpc, refusal, retry_after};
+use super::apps::{AppError, AppKey};
+use super::body::{Body, BodyError, ExchangeError};
+use super::h1::{self, SendError, remove_hop_by_hop};
+use super::upgrade::Upgraded;
+use super::watched::{Bounds, Record, Sent, watch};
+use super::{protocol, wire};
+use crate::budget::Resource;
+use crate::pods::Pod;
+use crate::table::ServicePort;
+use crate::telemetry::http::RequestLabels;
+use crate::telemetry::{Party, Reporter, Security};
+use crate::worker::Worker;
+
+const CLIENT_ID: HeaderName = HeaderName::from_static(CLIENT_ID_HEADER);
+/// How often a request is sent once more because the app closed a kept connection under it.
+const RESENDS: usize = 3;
+
+/// What is known of a request beside itself.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Who calls. Without identity: from outside the mesh.
+    pub caller: Party,
+    /// The caller's address, which the app sees.
+    pub source: IpAddr,
+    /// The pod's address and port.
+    pub target: SocketAddr,
+    /// The Service whose endpoint it is.
+    pub service: Option<Arc<ServicePort>>,
+    /// How it came.
+    pub security: Security,
+}
+
+/// Plaintext requests of one connection from outside the mesh.
+#[derive(Debug)]
+pub struct Session {
+    /// The same for all of them.
+    pub call: Call,
+    /// Whose they are.
+    pub worker: Arc<Worker>,
+    /// The pod they are for.
+    pub pod: Arc<Pod>,
+}
+
+impl Session {
+    /// Answers one request.
+    pub async fn handle(&self, mut request: Request<Body>) -> Response<Body> {
+        wire::strip(request.headers_mut());
+        let upgrade = remove_hop_by_hop(request.headers_mut());
+        if let Some(protocol) = upgrade {
+            request.headers_mut().insert(UPGRADE, protocol);
+        }
+        deliver(&self.worker, &self.pod, &self.call, request).await
+    }
+}
+
+/// Delivers a request to an app of this node; every failure is an answer that names its cause. The request's
+/// hop-by-hop headers, and all in the name of proxies, are gone already.
+pub async fn deliver(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    call: &Call,
+    mut request: Request<Body>,
+) -> Response<Body> {
+    let grpc = is_grpc(request.headers());
+    let labels = RequestLabels {
+        reporter: Reporter::Destination,
+        source: call.caller.clone(),
+        destination: Party::meshed(&pod.info.load().owner, &pod.identity),
+        service: call.service.as_ref().map(|port| Arc::clone(&port.label)),
+        route: None,
+        backend: None,
+        protocol: protocol(&request, grpc),
+        security: call.security,
+    };
+    let telemetry = &worker.context.telemetry;
+    let meter = worker.meters.lock().get(&telemetry.http, &labels);
+    let mut sent = Sent::default();
+    let mut record = Record {
+        request: meter.start(request.method()),
+        error: None,
+        pick: None,
+        judged: false,
+        latency: Duration::ZERO,
+        sent: Sent::default(),
+        grpc,
+    };
+    let charge = match pod.account.charge(Resource::Request) {
+        Ok(charge) => charge,
+        Err(error) => {
+            record.error = Some(error);
+            return watch(refusal(error, grpc), record, Bounds::default(), ());
+        }
+    };
+    if let Err((error, wait)) = limited(pod, call) {
+        let mut response = refusal(error, grpc);
+        retry_after(&mut response, wait);
+        record.error = Some(error);
+        return watch(response, record, Bounds::default(), ());
+    }
+    if let Some(identity) = &call.caller.identity
+        && let Ok(value) = HeaderValue::from_str(identity.as_str())
+    {
+        request.headers_mut().insert(CLIENT_ID, value);
+    }
+    let request = request.map(|body| sent.count(body));
+    record.sent = sent;
+    let response = match send(worker, pod, call, request).await {
+        Ok(response) => response,
+        Err(error) => {
+            record.error = Some(error);
+            refusal(error, grpc)
+        }
+    };
+    watch(response, record, Bounds::default(), charge)
+}
+
+/// Sends it, again where the app closed a kept connection and nothing can be harmed by it.
+async fn send(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    call: &Call,
+    mut request: Request<Body>,
+) -> Result<Response<Body>, ProxyError> {
+    let key = AppKey {
+        pod: Arc::clone(pod),
+        from: Some(call.source),
+        to: call.target,
+        version: request.version(),
+    };
+    let _captured = pod.captured.enter();
+    for _ in 0..RESENDS {
+        let again = request.method().is_idempotent();
+        match worker.apps.send(&key, request).await {
+            Ok(response) => return Ok(from_app(response)),
+            Err(AppError::ClosedIdle(Some(unsent))) if again => request = *unsent,
+            Err(error) => return Err(failure(&error)),
+        }
+    }
+    Err(ProxyError::UpstreamReset)
+}
+
+/// What an app may say, in a form that can go on.
+pub fn from_app(mut response: Response<Body>) -> Response<Body> {
+    wire::strip(response.headers_mut());
+    let upgrade = remove_hop_by_hop(response.headers_mut());
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS
+        && let Some(protocol) = upgrade
+    {
+        response.headers_mut().insert(UPGRADE, protocol);
+    }
+    let raw = response.extensions_mut().remove::<h1::Upgraded>();
+    if let Some(raw) = raw.and_then(|upgraded| upgraded.take()) {
+        response.extensions_mut().insert(Upgraded::raw(raw));
+    }
+    response
+}
+
+/// The row of the error table for an app that gave no answer.
+pub fn failure(error: &AppError) -> ProxyError {
+    match error {
+        AppError::Connect(error, _) => *error,
+        AppError::ClosedIdle(_) => ProxyError::UpstreamReset,
+        AppError::Http1(SendError::Refused(_)) => ProxyError::UpstreamProtocol,
+        AppError::Http1(SendError::Body(body)) | AppError::Http2(ExchangeError::Body(body)) => {
+            of_request_body(body)
+        }
+        AppError::Http1(SendError::Closed | SendError::Io(_)) => ProxyError::UpstreamReset,
+        AppError::Http2(ExchangeError::Connection(error)) if !error.is_io() => {
+            ProxyError::UpstreamProtocol
+        }
+        AppError::Http2(_) => ProxyError::UpstreamReset,
+    }
+}
+
+/// The row for a request whose own body failed.
+pub fn of_request_body(error: &BodyError) -> ProxyError {
+    match error {
+        BodyError::TooLarge => ProxyError::BodyTooLarge,
+        BodyError::Framing => ProxyError::MalformedRequest,
+        BodyError::Timeout => ProxyError::SlowRequest,
+        _ => ProxyError::Cancelled,
+    }
+}
+
+fn limited(pod: &Pod, call: &Call) -> Result<(), (ProxyError, Duration)> {
+    let Some(port) = &call.service else {
+        return Ok(());
+    };
+    let rules = port.http.load();
+    let Some(limit) = &rules.policy.rate_limit else {
+        return Ok(());
+    };
+    let now = Instant::now();
+    pod.rates
+        .of(&port.reference, now)
+        .check(limit, call.caller.identity.as_ref(), now)
+        .map_err(|limited| (ProxyError::RateLimited, limited.retry_after))
+}
+
+/// Whether a request asks for its connection to become something else than HTTP.
+pub fn is_upgrade<B>(request: &Request<B>) -> bool {
+    request.version() != http::Version::HTTP_2
+        && (request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE))
+}

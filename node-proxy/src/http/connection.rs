@@ -1,0 +1,220 @@
+//! One connection that carries requests: HTTP/1 one after the other, HTTP/2 beside each other. What becomes of a
+//! request is its [`Role`]'s business.
+//!
+//! Invariants:
+//! - every request in flight is charged to the pod whose connection this is; over the bound it is refused,
+//!   the connection lives;
+//! - while the process drains, an HTTP/1 connection ends after the answer under way and an HTTP/2 one takes
+//!   no new stream;
+//! - a connection that the client abuses (see the bounds below) ends; the process does not.
+
+use std::future::poll_fn;
+use std::io::Cursor;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response, StatusCode};
+use http_body::Body as _;
+use mesh_api::errors::ProxyError;
+use tokio::io::{AsyncReadExt, join};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::answer::refusal;
+use super::body::{Body, pump};
+use super::detect::Protocol;
+use super::opening::Opening;
+use super::upgrade::Upgraded;
+use super::{callee, caller, h1};
+use crate::pods::Pod;
+use crate::worker::Worker;
+
+/// What the requests of a connection are.
+#[derive(Debug)]
+pub enum Role {
+    /// A meshed pod's own, at its node.
+    Caller(caller::Session),
+    /// Plaintext from outside the mesh, at the callee's node.
+    Callee(callee::Session),
+}
+
+/// A connection of a pod.
+#[derive(Debug)]
+pub struct Connection {
+    /// The thread it belongs to.
+    pub worker: Arc<Worker>,
+    /// Who is charged.
+    pub pod: Arc<Pod>,
+    /// What its requests are.
+    pub role: Role,
+}
+
+/// Requests an HTTP/2 client may have in flight on one connection.
+const MAX_STREAMS: u32 = 256;
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Largest header list of a request.
+const MAX_HEADER_LIST: u32 = 64 * 1024;
+/// What one stream may hold unsent.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Streams a client may reset before they were looked at (CVE-2023-44487, "rapid reset").
+const MAX_PENDING_RESETS: usize = 32;
+/// Streams that this side had to reset for protocol errors before the connection ends.
+const MAX_LOCAL_RESETS: usize = 256;
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+impl Connection {
+    /// Serves it until it ends.
+    pub async fn serve(self: Arc<Self>, socket: TcpStream, opening: Opening) {
+        match opening.protocol {
+            Protocol::Http2 => self.http2(socket, opening.bytes).await,
+            _ => self.http1(socket, opening.bytes).await,
+        }
+    }
+
+    async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
+        let mut server = h1::Server::new(socket, begun, h1::Limits::default());
+        let draining = self.worker.draining();
+        loop {
+            let request = match server.next().await {
+                Ok(Some(request)) => request,
+                Ok(None) => return server.close().await,
+                Err(error) => {
+                    self.malformed(&error);
+                    if let Some(status) = error.status() {
+                        // Who sent this need not hear the answer.
+                        let _ = server.respond(malformed(status)).await;
+                        server.close().await;
+                    }
+                    return;
+                }
+            };
+            let handled = tokio::select! {
+                biased;
+                response = self.handle(request) => Some(response),
+                // The client has gone: what is done for it ends here.
+                () = server.closed() => None,
+            };
+            let Some(mut response) = handled else { return };
+            let upgraded = response.extensions_mut().remove::<Upgraded>();
+            if *draining.borrow() && upgraded.is_none() {
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(CONNECTION, close);
+            }
+            match server.respond(response).await {
+                Ok(h1::Reuse::Yes) => {}
+                Ok(h1::Reuse::No) => return server.close().await,
+                Ok(h1::Reuse::Raw) => {
+                    if let (Some((socket, ahead)), Some(upgraded)) = (server.into_raw(), upgraded)
+                        && let Err(error) = upgraded.relay(socket, ahead).await
+                    {
+                        tracing::debug!(pod = %self.pod.uid, %error, "upgraded connection ended");
+                    }
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 connection ended");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn http2(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
+        let (reader, writer) = socket.into_split();
+        let io = join(Cursor::new(begun).chain(reader), writer);
+        let handshake = h2::server::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(MAX_HEADER_LIST)
+            .max_send_buffer_size(SEND_BUFFER)
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+            .max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
+            .enable_connect_protocol()
+            .handshake(io);
+        let mut connection = match timeout(HANDSHAKE, handshake).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => return self.broken(&error),
+            Err(_late) => return,
+        };
+        let mut draining = self.worker.draining();
+        let mut leaving = false;
+        loop {
+            tokio::select! {
+                accepted = connection.accept() => match accepted {
+                    Some(Ok((request, respond))) => {
+                        let own = Arc::clone(&self);
+                        self.worker.spawn(async move { own.stream(request, respond).await });
+                    }
+                    Some(Err(error)) => return self.broken(&error),
+                    None => return,
+                },
+                _ = draining.wait_for(|draining| *draining), if !leaving => {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                }
+            }
+        }
+    }
+
+    async fn stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+        let (parts, stream) = request.into_parts();
+        let body = Body::http2(stream, &parts.headers);
+        let handled = tokio::select! {
+            biased;
+            response = self.handle(Request::from_parts(parts, body)) => Some(response),
+            // The client gave up: what is done for it ends here.
+            _reset = poll_fn(|cx| respond.poll_reset(cx)) => None,
+        };
+        if let Some(response) = handled {
+            send(response, &mut respond).await;
+        }
+    }
+
+    async fn handle(&self, request: Request<Body>) -> Response<Body> {
+        match &self.role {
+            Role::Caller(session) => session.handle(request).await,
+            Role::Callee(session) => session.handle(request).await,
+        }
+    }
+
+    fn malformed(&self, error: &h1::Error) {
+        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 request refused");
+        if error.status().is_some() {
+            self.pod.account.malformed(error.reason());
+        }
+    }
+
+    fn broken(&self, error: &h2::Error) {
+        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/2 connection ended");
+        if !error.is_io() {
+            self.pod.account.malformed("http2");
+        }
+    }
+}
+
+/// Sends an answer on an HTTP/2 stream.
+pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
+    let (mut parts, body) = response.into_parts();
+    h1::remove_hop_by_hop(&mut parts.headers);
+    parts.version = http::Version::HTTP_2;
+    let ended = body.is_end_stream();
+    // A client that has gone needs no answer; what the body holds is given back by its drop.
+    let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), ended) else {
+        return;
+    };
+    if !ended && let Err(error) = pump(body, &mut stream).await {
+        tracing::debug!(%error, "answer not sent to its end");
+    }
+}
+
+fn malformed(status: StatusCode) -> Response<Body> {
+    let mut response = refusal(ProxyError::MalformedRequest, false);
+    *response.status_mut() = status;
+    response
+}

@@ -1,0 +1,177 @@
+//! Connections that stop being HTTP: upgrades (RFC 9110, section 7.8), WebSocket among them, and CONNECT.
+//!
+//! At either end of a tunnel such a connection is a request whose body and whose answer's body both go on
+//! for as long as it lives (RFC 8441): what the client sends is the one, what the app sends the other. So
+//! back-pressure, limits and the end of either direction are those of bodies.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Bytes, BytesMut};
+use http_body::Frame;
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::oneshot;
+use tokio_util::io::poll_read_buf;
+
+use super::body::{Body, BodyError};
+use super::h1;
+use crate::budget::Charge;
+
+/// Extension of an answer after which the connection carries raw bytes.
+#[derive(Clone, Debug)]
+pub struct Upgraded(Arc<Mutex<Option<Way>>>);
+
+/// How the bytes go on.
+#[derive(Debug)]
+enum Way {
+    /// A connection of this process to the app.
+    Raw(h1::Raw),
+    /// A stream of a tunnel.
+    Stream {
+        to: oneshot::Sender<Body>,
+        from: Body,
+    },
+}
+
+/// Most bytes of one read.
+const CHUNK: usize = 16 * 1024;
+
+impl Upgraded {
+    /// Over an open connection.
+    pub fn raw(raw: h1::Raw) -> Self {
+        Self(Arc::new(Mutex::new(Some(Way::Raw(raw)))))
+    }
+
+    /// Over a stream: `to` takes what the client sends, `from` is what the app sends.
+    pub fn stream(to: oneshot::Sender<Body>, from: Body) -> Self {
+        Self(Arc::new(Mutex::new(Some(Way::Stream { to, from }))))
+    }
+
+    /// The open connection, if it is one.
+    pub fn into_raw(self) -> Option<h1::Raw> {
+        let mut way = self.0.lock();
+        match way.take() {
+            Some(Way::Raw(raw)) => Some(raw),
+            other => {
+                *way = other;
+                None
+            }
+        }
+    }
+
+    /// Copies both ways until both have ended. `ahead`: what was read of the client already.
+    pub async fn relay(self, client: TcpStream, ahead: Bytes) -> io::Result<()> {
+        let Some(way) = self.0.lock().take() else {
+            return Ok(());
+        };
+        let (read, write) = client.into_split();
+        let sent = Body::boxed(Incoming::new(read, ahead, None));
+        match way {
+            Way::Raw(raw) => {
+                let (from_app, to_app) = raw.stream.into_split();
+                let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.charge));
+                tokio::try_join!(write_body(sent, to_app), write_body(received, write)).map(|_| ())
+            }
+            Way::Stream { to, from } => {
+                if to.send(sent).is_err() {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                write_body(from, write).await
+            }
+        }
+    }
+}
+
+/// The app's connection as the two bodies of a stream: what it sends, and the work of writing what comes.
+pub fn split(raw: h1::Raw, incoming: Body) -> (Body, impl Future<Output = io::Result<()>>) {
+    let (read, write) = raw.stream.into_split();
+    let outgoing = Body::boxed(Incoming::new(read, raw.ahead, raw.charge));
+    (outgoing, write_body(incoming, write))
+}
+
+/// A body that is known later. Ends, cut short, if it never is.
+pub fn deferred() -> (oneshot::Sender<Body>, Body) {
+    let (known, body) = oneshot::channel();
+    (known, Body::boxed(Deferred::Waiting(body)))
+}
+
+async fn write_body(mut body: Body, mut to: OwnedWriteHalf) -> io::Result<()> {
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(io::Error::other)?;
+        if let Ok(data) = frame.into_data() {
+            to.write_all(&data).await?;
+        }
+    }
+    to.shutdown().await
+}
+
+/// What a socket brings.
+struct Incoming {
+    from: OwnedReadHalf,
+    ahead: Bytes,
+    _charge: Option<Charge>,
+}
+
+impl Incoming {
+    fn new(from: OwnedReadHalf, ahead: Bytes, charge: Option<Charge>) -> Self {
+        Self {
+            from,
+            ahead,
+            _charge: charge,
+        }
+    }
+}
+
+impl http_body::Body for Incoming {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        if !this.ahead.is_empty() {
+            let ahead = std::mem::take(&mut this.ahead);
+            return Poll::Ready(Some(Ok(Frame::data(ahead))));
+        }
+        // Asked for before there is memory to read into: an idle connection holds none.
+        ready!(this.from.as_ref().poll_read_ready(cx)).map_err(BodyError::Io)?;
+        let mut chunk = BytesMut::with_capacity(CHUNK);
+        match ready!(poll_read_buf(Pin::new(&mut this.from), cx, &mut chunk)) {
+            Ok(0) => Poll::Ready(None),
+            Ok(_) => Poll::Ready(Some(Ok(Frame::data(chunk.freeze())))),
+            Err(error) => Poll::Ready(Some(Err(BodyError::Io(error)))),
+        }
+    }
+}
+
+enum Deferred {
+    Waiting(oneshot::Receiver<Body>),
+    Known(Body),
+}
+
+impl http_body::Body for Deferred {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        loop {
+            match &mut *self {
+                Self::Known(body) => return Pin::new(body).poll_frame(cx),
+                Self::Waiting(body) => match ready!(Pin::new(body).poll(cx)) {
+                    Ok(body) => *self = Self::Known(body),
+                    Err(_never) => return Poll::Ready(Some(Err(BodyError::Truncated))),
+                },
+            }
+        }
+    }
+}

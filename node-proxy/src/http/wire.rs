@@ -1,0 +1,215 @@
+//! What crosses the tunnel for one HTTP request, and what is taken off and put on at either end.
+//!
+//! A request is an HTTP/2 request of its own: the app's pseudo-headers and headers, and beside them
+//! `warren-target` (the pod's address and port), `warren-source` (the caller's address), `warren-service`
+//! (`namespace/name:port`, if a Service was addressed), `warren-version` (what the app speaks) and `warren-case` (how an
+//! HTTP/1 app spelled its header names). An HTTP/1 app's `Host` stays a header, so that it arrives untouched.
+//! An upgrade is an extended CONNECT (RFC 8441) whose `:protocol` is the first token of `Upgrade`, and an
+//! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`].
+//!
+//! Invariant: no header that begins with `warren-` passes from an app to the mesh or back; those on the
+//! tunnel are written by a proxy and removed by the next one.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use h2::ext::Protocol as ExtendedProtocol;
+use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::request::Parts;
+use http::{Method, StatusCode, Version, response};
+use mesh_api::errors::ProxyError;
+use mesh_api::names::PROXY_ERROR_HEADER;
+
+use super::h1::HeaderCase;
+
+/// `:protocol` of an app's own CONNECT.
+pub const CONNECT_PROTOCOL: &str = "warren-connect";
+
+const TARGET: HeaderName = HeaderName::from_static("warren-target");
+const SOURCE: HeaderName = HeaderName::from_static("warren-source");
+const SERVICE: HeaderName = HeaderName::from_static("warren-service");
+const VERSION: HeaderName = HeaderName::from_static("warren-version");
+const CASE: HeaderName = HeaderName::from_static("warren-case");
+const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
+const PREFIX: &str = "warren-";
+
+/// What a request on a tunnel says beside the app's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// The pod and port it is for.
+    pub target: SocketAddr,
+    /// The caller's address.
+    pub source: IpAddr,
+    /// `namespace/name:port` of the Service whose endpoint it is.
+    pub service: Option<Arc<str>>,
+}
+
+/// Removes what only proxies may say. Returns whether there was any of it.
+pub fn strip(headers: &mut HeaderMap) -> bool {
+    let forged: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| name.as_str().starts_with(PREFIX))
+        .cloned()
+        .collect();
+    for name in &forged {
+        headers.remove(name);
+    }
+    !forged.is_empty()
+}
+
+/// Turns an app's request into the one that goes through the tunnel.
+pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
+    let headers = &mut parts.headers;
+    headers.insert(TARGET, text(envelope.target.to_string())?);
+    headers.insert(SOURCE, text(envelope.source.to_string())?);
+    if let Some(service) = &envelope.service {
+        headers.insert(SERVICE, text(service.to_string())?);
+    }
+    headers.insert(VERSION, HeaderValue::from_static(version(parts.version)));
+    if let Some(case) = parts.extensions.remove::<HeaderCase>() {
+        headers.insert(CASE, case.encode());
+    }
+    if let Some(protocol) = tunnelled_protocol(parts)? {
+        if parts.method == Method::CONNECT {
+            // An extended CONNECT has a path and a scheme; what was asked for goes beside them.
+            let authority = parts.uri.authority().ok_or(ProxyError::BadRequest)?;
+            let authority = text(authority.to_string())?;
+            parts.headers.insert(AUTHORITY, authority);
+            parts.uri = http::Uri::from_static("http://connect.warren/");
+        }
+        parts.method = Method::CONNECT;
+        parts.headers.remove(UPGRADE);
+        parts.extensions.insert(protocol);
+    }
+    Ok(())
+}
+
+/// Takes a request that came through a tunnel apart: what the proxies say, and the app's own request.
+pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
+    let headers = &mut parts.headers;
+    let envelope = Envelope {
+        target: parse(headers, &TARGET)?.ok_or(ProxyError::BadRequest)?,
+        source: parse::<IpAddr>(headers, &SOURCE)?
+            .ok_or(ProxyError::BadRequest)?
+            .to_canonical(),
+        service: match headers.get(SERVICE) {
+            None => None,
+            Some(value) => Some(value.to_str().map_err(|_| ProxyError::BadRequest)?.into()),
+        },
+    };
+    parts.version = match headers.get(VERSION).map(HeaderValue::as_bytes) {
+        Some(b"1.0") => Version::HTTP_10,
+        Some(b"1.1") => Version::HTTP_11,
+        Some(b"2") => Version::HTTP_2,
+        _ => return Err(ProxyError::BadRequest),
+    };
+    if let Some(case) = headers.get(CASE) {
+        let case = HeaderCase::decode(case).ok_or(ProxyError::BadRequest)?;
+        parts.extensions.insert(case);
+    }
+    let authority = headers.remove(AUTHORITY);
+    strip(headers);
+    if let Some(protocol) = parts.extensions.remove::<ExtendedProtocol>() {
+        if protocol.as_str() == CONNECT_PROTOCOL {
+            let authority = authority.ok_or(ProxyError::BadRequest)?;
+            parts.uri =
+                http::Uri::try_from(authority.as_bytes()).map_err(|_| ProxyError::BadRequest)?;
+        } else if parts.version == Version::HTTP_2 {
+            // The app's own extended CONNECT.
+            parts.extensions.insert(protocol);
+        } else {
+            let value =
+                HeaderValue::from_str(protocol.as_str()).map_err(|_| ProxyError::BadRequest)?;
+            parts.method = Method::GET;
+            // The codec adds `Connection: upgrade`.
+            parts.headers.insert(UPGRADE, value);
+        }
+    }
+    Ok(envelope)
+}
+
+/// Prepares an answer for the tunnel. What an app says in the proxies' name has been stripped before.
+pub fn seal_response(parts: &mut response::Parts) {
+    parts
+        .headers
+        .insert(VERSION, HeaderValue::from_static(version(parts.version)));
+    if let Some(case) = parts.extensions.remove::<HeaderCase>() {
+        parts.headers.insert(CASE, case.encode());
+    }
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        // RFC 8441, section 5: the answer to an extended CONNECT is 200.
+        parts.status = StatusCode::OK;
+        // Which protocol was chosen is told in the header, as HTTP/2 forbids `upgrade`.
+        if let Some(chosen) = parts.headers.remove(UPGRADE) {
+            parts.headers.insert(UPGRADED, chosen);
+        }
+    }
+}
+
+/// Takes an answer that came through a tunnel apart. The error that the callee's proxy named, if the answer is its own.
+pub fn open_response(parts: &mut response::Parts) -> Option<ProxyError> {
+    let error = parts
+        .headers
+        .get(PROXY_ERROR_HEADER)
+        .map(|value| value.to_str().ok().and_then(ProxyError::from_name))
+        .map(|named| named.unwrap_or(ProxyError::PeerRefused));
+    parts.version = match parts.headers.get(VERSION).map(HeaderValue::as_bytes) {
+        Some(b"1.0") => Version::HTTP_10,
+        Some(b"1.1") => Version::HTTP_11,
+        _ => Version::HTTP_2,
+    };
+    if let Some(case) = parts.headers.get(CASE).and_then(HeaderCase::decode) {
+        parts.extensions.insert(case);
+    }
+    if let Some(chosen) = parts.headers.remove(UPGRADED) {
+        parts.status = StatusCode::SWITCHING_PROTOCOLS;
+        parts.headers.insert(UPGRADE, chosen);
+    }
+    strip(&mut parts.headers);
+    error
+}
+
+const UPGRADED: HeaderName = HeaderName::from_static("warren-upgraded");
+
+fn tunnelled_protocol(parts: &Parts) -> Result<Option<ExtendedProtocol>, ProxyError> {
+    if parts.version == Version::HTTP_2 {
+        // Its own extended CONNECT goes as it is; a plain one as any other app's.
+        let plain =
+            parts.method == Method::CONNECT && parts.extensions.get::<ExtendedProtocol>().is_none();
+        return Ok(plain.then(|| ExtendedProtocol::from_static(CONNECT_PROTOCOL)));
+    }
+    if parts.method == Method::CONNECT {
+        return Ok(Some(ExtendedProtocol::from_static(CONNECT_PROTOCOL)));
+    }
+    let Some(upgrade) = parts.headers.get(UPGRADE) else {
+        return Ok(None);
+    };
+    let upgrade = upgrade.to_str().map_err(|_| ProxyError::BadRequest)?;
+    Ok(Some(ExtendedProtocol::from(upgrade)))
+}
+
+fn parse<T: std::str::FromStr>(
+    headers: &HeaderMap,
+    name: &HeaderName,
+) -> Result<Option<T>, ProxyError> {
+    let Some(value) = headers.get(name) else {
+        return Ok(None);
+    };
+    let parsed = value.to_str().ok().and_then(|text| text.parse().ok());
+    parsed.map(Some).ok_or(ProxyError::BadRequest)
+}
+
+fn text(value: String) -> Result<HeaderValue, ProxyError> {
+    HeaderValue::try_from(value).map_err(|_| ProxyError::Internal)
+}
+
+const fn version(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_09 | Version::HTTP_10 => "1.0",
+        Version::HTTP_2 => "2",
+        _ => "1.1",
+    }
+}
+
+#[cfg(test)]
+mod tests;
