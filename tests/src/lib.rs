@@ -9,13 +9,16 @@
 
 pub mod capture;
 pub mod host;
+pub mod http;
 pub mod lab;
 pub mod load;
 pub mod manifest;
 pub mod metrics;
+pub mod peers;
 pub mod pki;
 pub mod process;
 pub mod python;
+pub mod routes;
 pub mod scenario;
 pub mod servers;
 pub mod wait;

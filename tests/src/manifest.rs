@@ -36,6 +36,18 @@ pub fn service(namespace: &str, name: &str, ports: &[(u16, u16)]) -> Value {
     })
 }
 
+/// [`service`] with an `appProtocol` where one is given: (port, target port, protocol).
+pub fn service_of(namespace: &str, name: &str, ports: &[(u16, u16, Option<&str>)]) -> Value {
+    let plain: Vec<(u16, u16)> = ports.iter().map(|(p, t, _)| (*p, *t)).collect();
+    let mut service = service(namespace, name, &plain);
+    for (at, (_, _, protocol)) in ports.iter().enumerate() {
+        if let Some(protocol) = protocol {
+            service["spec"]["ports"][at]["appProtocol"] = json!(protocol);
+        }
+    }
+    service
+}
+
 /// A Pod with one container.
 #[derive(Clone, Debug)]
 pub struct Pod(Value);
@@ -65,6 +77,13 @@ impl Pod {
         Self::new(namespace, name, node)
             .command(&[&binary("mesh-echo").display().to_string(), "--log"])
             .ready_tcp(ECHO)
+    }
+
+    /// The server [`mesh-http`](../../src/bin/mesh-http.rs), ready when it answers.
+    pub fn http(namespace: &str, name: &str, node: &str) -> Self {
+        Self::new(namespace, name, node)
+            .command(&[&binary("mesh-http").display().to_string(), "--name", name])
+            .ready_http(crate::http::ADMIN, "/count")
     }
 
     /// What runs in the container.

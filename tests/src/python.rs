@@ -1,4 +1,5 @@
-//! Peers in another language: Python with `h2`, in a virtual environment under the target directory.
+//! Peers in another language: Python with `grpcio`, `h2` and `websockets`, in a virtual environment under
+//! the target directory.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,7 +7,7 @@ use std::time::Duration;
 
 use crate::process::run;
 
-/// The interpreter, with `h2` installed. Makes the environment if it is missing.
+/// The interpreter, with what the peers need. Makes the environment if it is missing.
 #[track_caller]
 pub fn interpreter() -> PathBuf {
     let venv = workspace().join("target/venv");
@@ -18,12 +19,12 @@ pub fn interpreter() -> PathBuf {
         )
         .expect_ok();
     }
-    let has_h2 = run(
-        Command::new(&python).args(["-c", "import h2"]),
+    let complete = run(
+        Command::new(&python).args(["-c", "import grpc, h2, websockets"]),
         Duration::from_secs(20),
     )
     .ok();
-    if !has_h2 {
+    if !complete {
         let mut pip = Command::new(&python);
         pip.args([
             "-m",
@@ -31,11 +32,24 @@ pub fn interpreter() -> PathBuf {
             "install",
             "-q",
             "--disable-pip-version-check",
+            "grpcio",
             "h2",
+            "websockets",
         ]);
         run(&mut pip, Duration::from_secs(180)).expect_ok();
     }
     python
+}
+
+/// The command of a program of `tests/peers`.
+#[track_caller]
+pub fn python(name: &str, args: &[&str]) -> Vec<String> {
+    let mut command = vec![
+        interpreter().display().to_string(),
+        peer(name).display().to_string(),
+    ];
+    command.extend(args.iter().map(|&arg| arg.to_owned()));
+    command
 }
 
 /// A program of `tests/peers`.

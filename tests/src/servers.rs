@@ -36,6 +36,61 @@ pub fn nginx(s: &Scenario, text: &str) -> Vec<String> {
     .to_vec()
 }
 
+/// nginx with files on disk: HTTP/1 on port 80, HTTP/2 with prior knowledge on 81. `/large` has
+/// [`LARGE`] bytes, `/small` a line, `/text` is sent in chunks to whom it may be compressed for.
+pub fn nginx_files(s: &Scenario) -> Vec<String> {
+    let directory = s.fresh_path("nginx-files");
+    let root = directory.join("root");
+    std::fs::create_dir_all(&root).expect("the scenario's directory can be written");
+    let large: Vec<u8> = (0..LARGE).map(|i| (i % 251) as u8).collect();
+    let text = "a line that can be compressed\n".repeat(10_000);
+    for (name, contents) in [
+        ("large", large),
+        ("small", b"small\n".to_vec()),
+        ("text", text.into_bytes()),
+    ] {
+        std::fs::write(root.join(name), contents).expect("the scenario's directory can be written");
+    }
+    let at = directory.display();
+    let configuration = format!(
+        "user root; worker_processes 1; daemon off; pid {at}/pid; error_log stderr warn;\n\
+         events {{ worker_connections 1024; }}\n\
+         http {{\n\
+           access_log off; root {at}/root; default_type text/plain; keepalive_requests 1000000;\n\
+           gzip on; gzip_types text/plain; gzip_min_length 1000; gzip_http_version 1.1;\n\
+           client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f;\n\
+           uwsgi_temp_path {at}/u; scgi_temp_path {at}/s;\n\
+           server {{ listen 80; listen [::]:80; listen 81 http2; listen [::]:81 http2; }}\n\
+         }}\n"
+    );
+    let file = directory.join("nginx.conf");
+    std::fs::write(&file, configuration).expect("the scenario's directory can be written");
+    let file = file.display().to_string();
+    ["/usr/sbin/nginx", "-e", "stderr", "-c", &file]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Size of `/large` of [`nginx_files`].
+pub const LARGE: usize = 20_000_000;
+
+/// Several servers as one pod's command. None may need quoting beyond single quotes.
+pub fn together(commands: &[Vec<String>]) -> Vec<String> {
+    let all: Vec<String> = commands
+        .iter()
+        .map(|words| {
+            words
+                .iter()
+                .map(|w| format!("'{w}'"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        })
+        .collect();
+    // When the shell is told to end, so are they.
+    let script = format!("trap 'kill $(jobs -p)' TERM; {} & wait", all.join(" & "));
+    ["sh", "-c", &script].map(str::to_owned).to_vec()
+}
+
 /// MariaDB on port 3306 with the user `mesh` without password; runs as the user `mysql`.
 pub fn mariadb(s: &Scenario) -> Vec<String> {
     let directory = owned_directory(s, "mariadb", "mysql");

@@ -1,0 +1,156 @@
+//! Line 1, continued: gRPC of all four kinds and WebSocket, with clients and servers in Python, pass through
+//! the mesh unchanged.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use warren_tests::http::{expect_http_counted, http_requests_total};
+use warren_tests::lab::Lab;
+use warren_tests::manifest::{CLIENT, FAR, NEAR};
+use warren_tests::peers::{DECLARED, GRPC, GRPC_H2C, WEBSOCKET, peers};
+use warren_tests::python::python;
+use warren_tests::scenario::scenario;
+
+#[test]
+fn grpc_of_all_kinds() {
+    scenario(Duration::from_secs(120), |s| {
+        let lab = peers(s);
+        let counted = http_requests_total(&lab, "node-1");
+        for server in [NEAR, FAR] {
+            for port in [GRPC, GRPC + DECLARED, GRPC_H2C] {
+                let target = format!("{}:{port}", server.1);
+                let said = run_python(&lab, "grpc_client.py", &["kinds", &target]);
+                expect_all_kinds(&target, server.1, &said);
+            }
+        }
+        expect_http_counted(&lab, "node-1", counted, 60, "gRPC calls");
+    });
+}
+
+fn expect_all_kinds(target: &str, server: &str, said: &Value) {
+    let unary = &said["unary"];
+    assert_eq!(
+        (&unary["code"], &unary["answer"]["server"]),
+        (&json!(0), &json!(server)),
+        "{target}: {unary}"
+    );
+    assert_eq!(unary["answer"]["text"], "hello", "{target}: {unary}");
+    let has = |list: &Value, key: &str, value: &str| {
+        list.as_array()
+            .is_some_and(|l| l.contains(&json!([key, value])))
+    };
+    let metadata = &unary["answer"]["metadata"];
+    for (key, value) in [
+        ("x-text", "kept as it is"),
+        ("x-data-bin", "0001feff"),
+        ("x-twice", "1"),
+        ("x-twice", "2"),
+    ] {
+        assert!(has(metadata, key, value), "{target}: {key} in {metadata}");
+    }
+    assert!(
+        has(&unary["initial"], "x-server", server),
+        "{target}: {unary}"
+    );
+    assert!(
+        has(&unary["trailing"], "x-trailing-bin", "0001ff"),
+        "{target}: {unary}"
+    );
+    // The caller's deadline arrives.
+    let remaining = unary["answer"]["remaining"].as_f64().unwrap_or_default();
+    assert!(remaining > 5.0 && remaining < 11.0, "{target}: {unary}");
+    assert_eq!(
+        said["large"]["answer"]["length"],
+        4 << 20,
+        "{target}: {}",
+        said["large"]
+    );
+    let stream = said["server_stream"].as_array().map_or(0, Vec::len);
+    assert_eq!(
+        (stream, &said["server_stream"][199]),
+        (200, &json!("message 199")),
+        "{target}"
+    );
+    let counts = (
+        &said["client_stream"]["count"],
+        &said["client_stream"]["size"],
+    );
+    assert_eq!(counts, (&json!(100), &json!(100_000)), "{target}");
+    assert_eq!(
+        (&said["bidi"], &said["empty_bidi"]),
+        (&json!(50), &json!(0)),
+        "{target}"
+    );
+    let fail = &said["fail"];
+    assert_eq!(
+        (&fail["code"], &fail["details"]),
+        (&json!(9), &json!("a message with % and \u{fc}")),
+        "{target}: {fail}"
+    );
+    assert!(
+        has(&fail["trailing"], "x-reason", "asked to fail"),
+        "{target}: {fail}"
+    );
+    let early = &said["early"];
+    assert_eq!(
+        (&early["code"], &early["details"]),
+        (&json!(7), &json!("trailers only")),
+        "{target}: {early}"
+    );
+    let deadline = &said["deadline"];
+    assert_eq!(deadline["code"], 4, "{target}: {deadline}");
+    assert!(
+        deadline["waited"].as_f64().is_some_and(|w| w < 3.0),
+        "{target}: {deadline}"
+    );
+    assert_eq!(said["cancelled"], 1, "{target}");
+}
+
+#[test]
+fn websocket_both_ways() {
+    scenario(Duration::from_secs(90), |s| {
+        let lab = peers(s);
+        for server in [NEAR, FAR] {
+            for port in [WEBSOCKET, WEBSOCKET + DECLARED] {
+                let url = format!("ws://{}:{port}/chat?room=1", server.1);
+                let said = run_python(&lab, "websocket_client.py", &[&url]);
+                for (what, wanted) in [
+                    ("subprotocol", json!("echo")),
+                    ("compression", json!("permessage-deflate")),
+                    ("text", json!("hell\u{f6}")),
+                    ("fragments", json!("in three fragments")),
+                    ("pong", json!(true)),
+                    ("many", json!(2000)),
+                    ("closed", json!([4321, "as asked"])),
+                    ("own close", json!([1001, "going"])),
+                ] {
+                    assert_eq!(said[what], wanted, "{url}: {what} of {said}");
+                }
+                for size in [0, 1, 125, 126, 65535, 65536, 5_000_000] {
+                    assert_eq!(
+                        said[format!("binary {size}")],
+                        true,
+                        "{url}: {size} of {said}"
+                    );
+                }
+                let who = &said["who"];
+                assert_eq!(who["path"], "/chat?room=1", "{url}: {who}");
+                let headers = who["headers"].as_array().cloned().unwrap_or_default();
+                assert!(
+                    headers.contains(&json!(["X-oDD-Case", "Kept"])),
+                    "{url}: {who}"
+                );
+            }
+        }
+    });
+}
+
+#[track_caller]
+fn run_python(lab: &Lab, peer: &str, args: &[&str]) -> Value {
+    let command = python(peer, args);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let done = lab
+        .exec_within(CLIENT, &command, Duration::from_secs(60))
+        .expect_ok();
+    serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
+}
