@@ -232,8 +232,8 @@ pub fn count(lab: &Lab, pod: PodRef<'_>) -> u64 {
         .expect("mesh-http counts")
 }
 
-/// Whether the data path counts HTTP requests yet. While it carries HTTP as TCP, nothing does.
-pub const HTTP_IS_COUNTED: bool = false;
+/// Whether the data path counts HTTP requests; one that carries HTTP as TCP does not.
+pub const HTTP_IS_COUNTED: bool = true;
 
 /// `warren_http_requests_total` of a node, seen from the caller's side.
 #[track_caller]

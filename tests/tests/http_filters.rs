@@ -205,7 +205,7 @@ fn modifiers() -> Case {
         Status(200),
         Field("content-type", Some("text/changed")),
         Field("x-new", Some("1")),
-        Field("x-server", Some("v1, through the mesh")),
+        Field("x-server", Some("v1,through the mesh")),
         Field("date", None),
     ];
     let backend = |filters: &Value| json!([{"name": "v1", "port": 80, "filters": filters}]);

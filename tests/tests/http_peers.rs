@@ -276,8 +276,12 @@ fn load_generators_see_no_error() {
 /// What the mesh adds to a request on purpose; everything else must be as it was.
 const ADDED: [&str; 2] = ["warren-client-id", "traceparent"];
 
+/// What is about one connection and therefore each side's own (RFC 9110, section 7.6.1).
+const HOP: [&str; 2] = ["connection", "keep-alive"];
+
 /// Without what differs between any two requests. Fields keep spelling and the order of values; the
-/// order of different names means nothing (RFC 9110, section 5.3).
+/// order of different names means nothing (RFC 9110, section 5.3). Of a name that comes several times in
+/// different spellings the first one counts.
 fn comparable(mut answer: Answer) -> (Vec<String>, Vec<(String, String)>, Value) {
     let body = match serde_json::from_str::<Value>(&answer.body) {
         Ok(mut seen) => {
@@ -286,16 +290,15 @@ fn comparable(mut answer: Answer) -> (Vec<String>, Vec<(String, String)>, Value)
                 object.remove("nth");
             }
             if let Some(headers) = seen["headers"].as_array_mut() {
-                headers.retain(|pair| !ADDED.iter().any(|a| pair[0] == **a));
+                headers.retain(|pair| !ADDED.iter().chain(&HOP).any(|a| pair[0] == **a));
                 headers.sort_by_key(|pair| pair[0].to_string());
             }
             if let Some(head) = seen["head"].as_str() {
-                let lines = head.split("\r\n");
-                let added = |l: &&str| ADDED.iter().any(|a| l.to_ascii_lowercase().starts_with(a));
-                let mut lines: Vec<&str> = lines.filter(|l| !added(l)).collect();
-                lines[1..]
-                    .sort_by_key(|l| l.split(':').next().unwrap_or_default().to_ascii_lowercase());
-                seen["head"] = json!(lines);
+                let mut lines = head.split("\r\n");
+                let first = lines.next().unwrap_or_default();
+                let pairs = lines.filter_map(|l| l.split_once(':'));
+                let pairs = pairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+                seen["head"] = json!([first, own(pairs.collect())]);
             }
             // Its length depends on the caller's address.
             answer
@@ -306,16 +309,27 @@ fn comparable(mut answer: Answer) -> (Vec<String>, Vec<(String, String)>, Value)
         Err(_) => json!(answer.body),
     };
     let seen_here = answer.field("content-type").as_deref() == Some("application/json");
-    let varies = |name: &str| {
-        name.eq_ignore_ascii_case("date")
-            || (seen_here && name.eq_ignore_ascii_case("content-length") && answer.body.is_empty())
-    };
-    let mut fields: Vec<_> = answer
-        .fields
-        .iter()
-        .filter(|(n, _)| !varies(n))
-        .cloned()
-        .collect();
-    fields.sort_by_key(|(name, _)| name.to_ascii_lowercase());
+    let bodiless = seen_here && answer.body.is_empty();
+    let mut fields = own(answer.fields);
+    fields.retain(|(name, _)| {
+        let length = bodiless && name.eq_ignore_ascii_case("content-length");
+        !length && !name.eq_ignore_ascii_case("date")
+    });
     (answer.statuses, fields, body)
+}
+
+/// The fields that are the message's own, by name.
+fn own(fields: Vec<(String, String)>) -> Vec<(String, String)> {
+    let lower = |(name, _): &(String, String)| name.to_ascii_lowercase();
+    let mut fields: Vec<_> = fields
+        .into_iter()
+        .filter(|f| !ADDED.iter().chain(&HOP).any(|other| lower(f) == *other))
+        .collect();
+    fields.sort_by_key(lower);
+    for at in 1..fields.len() {
+        if lower(&fields[at]) == lower(&fields[at - 1]) {
+            fields[at].0 = fields[at - 1].0.clone();
+        }
+    }
+    fields
 }

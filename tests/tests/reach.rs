@@ -112,12 +112,12 @@ fn curl(lab: &Lab, host: &str, web: &str, address: Option<IpAddr>) {
     );
 }
 
-/// Connections from the client to `web` that its own node and the callee's node have counted.
+/// Requests from the client to `web` that its own node and the callee's node have counted.
 fn counted(lab: &Lab, web: &str, callee_node: &str) -> (f64, f64) {
     let callee = format!("spiffe://cluster.local/ns/demo/sa/{web}");
     let at = |node: &str, reporter: &str| {
         lab.metrics(node).sum(
-            "warren_tcp_connections_opened_total",
+            "warren_http_requests_total",
             &[
                 ("reporter", reporter),
                 ("source_principal", CLIENT_ID),
