@@ -28,6 +28,7 @@ pub mod opening;
 pub mod policy;
 pub mod retry;
 pub mod route;
+mod story;
 pub mod upgrade;
 pub mod watched;
 pub mod wire;

@@ -16,6 +16,7 @@ use super::answer::{is_grpc, refusal, retry_after};
 use super::apps::{AppError, AppKey};
 use super::body::{Body, BodyError, ExchangeError};
 use super::h1::{self, SendError, remove_hop_by_hop};
+use super::story::Story;
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
 use super::{protocol, wire};
@@ -74,7 +75,7 @@ pub async fn deliver(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     call: &Call,
-    mut request: Request<Body>,
+    request: Request<Body>,
 ) -> Response<Body> {
     let grpc = is_grpc(request.headers());
     let labels = RequestLabels {
@@ -98,7 +99,12 @@ pub async fn deliver(
         latency: Duration::ZERO,
         sent: Sent::default(),
         grpc,
+        story: None,
     };
+    let (mut parts, body) = request.into_parts();
+    let addresses = (SocketAddr::new(call.source, 0), call.target);
+    record.story = Story::begin(&worker.context, &mut parts, &labels, addresses);
+    let mut request = Request::from_parts(parts, body);
     let charge = match pod.account.charge(Resource::Request) {
         Ok(charge) => charge,
         Err(error) => {

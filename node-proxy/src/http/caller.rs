@@ -29,6 +29,7 @@ use super::policy::{OverBudget, Policy};
 use super::retry::{Cause, Pushback, Replay, should_retry};
 use super::route::filter::{self, Outcome, RequestContext};
 use super::route::{Backend, Choice, PortRules, Rule, Session as Persistence};
+use super::story::Story;
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, grpc_status, watch};
 use super::{fault, mirror, protocol, wire};
@@ -60,6 +61,7 @@ pub struct Session {
     pod: Arc<Pod>,
     party: Party,
     source: SocketAddr,
+    destination: SocketAddr,
     target: Target,
     v6: bool,
     meters: Mutex<MeterCache>,
@@ -113,6 +115,7 @@ impl Session {
             pod,
             party,
             source,
+            destination,
             target,
             v6: destination.is_ipv6(),
             meters: Mutex::default(),
@@ -150,7 +153,12 @@ impl Session {
             latency: Duration::ZERO,
             sent: Sent::default(),
             grpc,
+            story: None,
         };
+        let mut parts = head.into_parts().0;
+        let addresses = (self.source, self.destination);
+        let story = Story::begin(&self.worker.context, &mut parts, &labels, addresses);
+        let record = Record { story, ..record };
         let exchange = Exchange {
             session: self,
             labels,
@@ -159,7 +167,7 @@ impl Session {
             permit: None,
             charge: None,
         };
-        exchange.run(head.into_parts().0, body).await
+        exchange.run(parts, body).await
     }
 
     fn meter(&self, labels: &RequestLabels) -> Arc<crate::telemetry::http::RequestMeter> {
@@ -441,6 +449,9 @@ impl Exchange<'_> {
             }
             self.record.judge(false);
             self.record.request.retried();
+            if let Some(story) = &mut self.record.story {
+                story.retries += 1;
+            }
             last = failed.or(last);
             tried.push(to);
             retries += 1;
@@ -513,6 +524,10 @@ impl Exchange<'_> {
         self.labels.destination = way.party.clone();
         self.labels.security = way.security;
         self.record.request.move_to(&session.meter(&self.labels));
+        if let Some(story) = &mut self.record.story {
+            story.labels = self.labels.clone();
+            story.destination = to;
+        }
         let timeouts = &plan.policy.timeouts;
         let service = match &plan.to {
             Goal::Port(port) => Some(port),

@@ -17,11 +17,12 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, response};
 use http_body::Body as _;
 use mesh_api::errors::ProxyError;
 use tokio::io::{AsyncReadExt, join};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::answer::refusal;
@@ -79,8 +80,9 @@ impl Connection {
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let mut server = h1::Server::new(socket, begun, h1::Limits::default());
         let draining = self.worker.draining();
+        let (interim, mut interims) = interims();
         loop {
-            let request = match server.next().await {
+            let mut request = match server.next().await {
                 Ok(Some(request)) => request,
                 Ok(None) => return server.close().await,
                 Err(error) => {
@@ -93,11 +95,19 @@ impl Connection {
                     return;
                 }
             };
-            let handled = tokio::select! {
-                biased;
-                response = self.handle(request) => Some(response),
-                // The client has gone: what is done for it ends here.
-                () = server.closed() => None,
+            request.extensions_mut().insert(interim.clone());
+            let mut handling = std::pin::pin!(self.handle(request));
+            let handled = loop {
+                tokio::select! {
+                    biased;
+                    Some(head) = interims.recv() => {
+                        // A client that has gone is found below.
+                        let _ = server.interim(head).await;
+                    }
+                    response = &mut handling => break Some(response),
+                    // The client has gone: what is done for it ends here.
+                    () = server.closed() => break None,
+                }
             };
             let Some(mut response) = handled else { return };
             let upgraded = response.extensions_mut().remove::<Upgraded>();
@@ -163,13 +173,19 @@ impl Connection {
     }
 
     async fn stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-        let (parts, stream) = request.into_parts();
+        let (mut parts, stream) = request.into_parts();
         let body = Body::http2(stream, &parts.headers);
-        let handled = tokio::select! {
-            biased;
-            response = self.handle(Request::from_parts(parts, body)) => Some(response),
-            // The client gave up: what is done for it ends here.
-            _reset = poll_fn(|cx| respond.poll_reset(cx)) => None,
+        let (interim, mut interims) = interims();
+        parts.extensions.insert(interim);
+        let mut handling = std::pin::pin!(self.handle(Request::from_parts(parts, body)));
+        let handled = loop {
+            tokio::select! {
+                biased;
+                Some(head) = interims.recv() => inform(head, &mut respond),
+                response = &mut handling => break Some(response),
+                // The client gave up: what is done for it ends here.
+                _reset = poll_fn(|cx| respond.poll_reset(cx)) => break None,
+            }
         };
         if let Some(response) = handled {
             send(response, &mut respond).await;
@@ -196,6 +212,29 @@ impl Connection {
             self.pod.account.malformed("http2");
         }
     }
+}
+
+/// Interim answers of one request at most that wait to be passed on; more are left out.
+const INTERIMS: usize = 4;
+
+/// Where interim answers (1xx) go, and where they are passed on from.
+pub fn interims() -> (h1::OnInterim, mpsc::Receiver<response::Parts>) {
+    let (found, pass_on) = mpsc::channel(INTERIMS);
+    let found = h1::OnInterim(Arc::new(move |head| {
+        // What does not fit is left out: a client may get any number of them, or none (RFC 9110, 15.2).
+        let _ = found.try_send(head);
+    }));
+    (found, pass_on)
+}
+
+/// Passes an interim answer on.
+pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
+    let mut response = Response::new(());
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    h1::remove_hop_by_hop(response.headers_mut());
+    // A stream that has gone is found by the final answer.
+    let _ = respond.send_informational(response);
 }
 
 /// Sends an answer on an HTTP/2 stream.

@@ -13,6 +13,7 @@ use mesh_api::errors::ProxyError;
 use tokio::time::{Sleep, sleep, sleep_until};
 
 use super::body::{Body, BodyError};
+use super::story::Story;
 use crate::balance::{self, Pick};
 use crate::telemetry::http::{InFlight, Outcome};
 
@@ -33,6 +34,8 @@ pub struct Record {
     pub sent: Sent,
     /// gRPC: the status is in the trailers, if not in the headers.
     pub grpc: bool,
+    /// For the access log and the trace, if anyone asks.
+    pub story: Option<Box<Story>>,
 }
 
 /// Counts the bytes of a request's body.
@@ -163,6 +166,9 @@ impl<H> Watched<H> {
             response_bytes: self.bytes,
         };
         record.request.finish(outcome);
+        if let Some(story) = record.story {
+            story.end(outcome);
+        }
     }
 
     /// Whether a bound has been passed.

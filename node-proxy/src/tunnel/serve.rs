@@ -557,11 +557,17 @@ async fn serve_request(
     let upgrade = callee::is_upgrade(&request);
     // What an upgraded connection brings follows on the stream.
     let follows = upgrade.then(|| std::mem::take(request.body_mut()));
-    let response = tokio::select! {
-        biased;
-        response = callee::deliver(worker, pod, call, request) => response,
-        // The caller gave up.
-        _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+    let (interim, mut interims) = connection::interims();
+    request.extensions_mut().insert(interim);
+    let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
+    let response = loop {
+        tokio::select! {
+            biased;
+            Some(head) = interims.recv() => connection::inform(head, respond),
+            response = &mut delivering => break response,
+            // The caller gave up.
+            _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+        }
     };
     let (mut parts, body) = response.into_parts();
     let upgraded = parts.extensions.remove::<Upgraded>();

@@ -1,0 +1,114 @@
+//! What the access log and a trace tell of a request. Put together only where one of them wants it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::request::Parts;
+use http::{Method, Version, header};
+
+use crate::telemetry::access_log::RequestRecord;
+use crate::telemetry::http::{Outcome, RequestLabels};
+use crate::telemetry::trace::Trace;
+use crate::worker::Context;
+
+/// A request as it came, and what became known of it on its way.
+pub struct Story {
+    context: Arc<Context>,
+    /// What it counts under.
+    pub labels: RequestLabels,
+    /// The endpoint, or where the caller wanted to go.
+    pub destination: SocketAddr,
+    /// Tries after the first.
+    pub retries: u32,
+    source: SocketAddr,
+    version: Version,
+    method: Method,
+    authority: String,
+    path: String,
+    started: Instant,
+    trace: Trace,
+}
+
+impl std::fmt::Debug for Story {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Story")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Story {
+    /// Begins the request's span, which its headers then name, and its story if anyone wants to hear it.
+    pub fn begin(
+        context: &Arc<Context>,
+        parts: &mut Parts,
+        labels: &RequestLabels,
+        (source, destination): (SocketAddr, SocketAddr),
+    ) -> Option<Box<Self>> {
+        let trace = context.telemetry.tracer.begin(&mut parts.headers);
+        if !trace.is_recorded() && !context.access_log.is_on() {
+            return None;
+        }
+        let authority = match parts.uri.authority() {
+            Some(authority) => authority.as_str(),
+            None => parts
+                .headers
+                .get(header::HOST)
+                .and_then(|host| host.to_str().ok())
+                .unwrap_or_default(),
+        };
+        let path = parts.uri.path_and_query().map_or("", |path| path.as_str());
+        Some(Box::new(Self {
+            context: Arc::clone(context),
+            labels: labels.clone(),
+            destination,
+            retries: 0,
+            source,
+            version: parts.version,
+            method: parts.method.clone(),
+            authority: authority.to_owned(),
+            path: path.to_owned(),
+            started: Instant::now(),
+            trace,
+        }))
+    }
+
+    /// Tells it.
+    pub fn end(self, outcome: Outcome) {
+        let Self {
+            context,
+            labels,
+            destination,
+            retries,
+            source,
+            version,
+            method,
+            authority,
+            path,
+            started,
+            trace,
+        } = self;
+        let record = RequestRecord {
+            reporter: labels.reporter,
+            source_address: source,
+            destination_address: destination,
+            source: &labels.source,
+            destination: &labels.destination,
+            service: labels.service.as_deref(),
+            route: labels.route.as_deref(),
+            backend: labels.backend.as_deref(),
+            protocol: labels.protocol,
+            version,
+            method: &method,
+            authority: &authority,
+            path: &path,
+            outcome,
+            retries,
+            duration: started.elapsed(),
+            trace_id: trace.id(),
+        };
+        context.access_log.write_request(&record);
+        trace.finish(&record);
+    }
+}
