@@ -115,6 +115,7 @@ pub struct EndpointSnapshot {
     /// Share of failures, averaged over the last seconds.
     pub failure_share: f64,
     /// What its circuit breaker says.
+    #[serde(flatten)]
     pub state: EndpointState,
 }
 

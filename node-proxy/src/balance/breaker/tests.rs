@@ -205,7 +205,7 @@ fn a_probe_without_an_answer_is_no_verdict() {
         .try_probe(&breaker, &now(2, 1_100))
         .expect("due again");
     // Hangs for longer than the longest ejection: another may try.
-    let _third = circuit
+    let third = circuit
         .try_probe(&breaker, &now(11, 1_200))
         .expect("the second's time is over");
     let late = circuit.record(
@@ -222,6 +222,7 @@ fn a_probe_without_an_answer_is_no_verdict() {
         circuit.try_probe(&breaker, &now(11, 9_900)).is_none(),
         "not the second's to give"
     );
+    assert!(third.lease > second.lease);
 }
 
 #[test]

@@ -77,8 +77,8 @@ impl<B: Body<Data = Bytes> + Unpin> Replay<B> {
         self.0.lock().kept.is_some()
     }
 
-    /// There will be no further try: drops what was kept, and keeps no more. The try that is on its way
-    /// must have begun after no other, or have sent all that was kept.
+    /// There will be no further try: keeps no more, and drops what was kept as soon as the try that is on
+    /// its way has sent it. To be called when an answer is passed on.
     pub fn commit(&self) {
         let mut state = self.0.lock();
         if state.attempts <= 1 {
