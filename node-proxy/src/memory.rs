@@ -15,6 +15,9 @@ use tokio::time::{MissedTickBehavior, interval};
 const INTERVAL: Duration = Duration::from_secs(5);
 /// A peak below this is no burst.
 const BURST: usize = 64;
+/// Looks after a burst at which the heap is collected once more: tunnels that the burst opened, and connections kept for
+/// apps, are released while they idle, the last after five minutes.
+const AFTERWARDS: [u32; 3] = [6, 15, 65];
 
 /// Runs on the thread whose heap is meant, for as long as the thread. `live` tells how many connections
 /// there are.
@@ -22,9 +25,15 @@ pub async fn reclaim(live: impl Fn() -> usize) {
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut peak = 0;
+    let mut since = u32::MAX;
     loop {
         ticks.tick().await;
-        if burst_is_over(&mut peak, live()) {
+        since = since.saturating_add(1);
+        let over = burst_is_over(&mut peak, live());
+        if over {
+            since = 0;
+        }
+        if over || AFTERWARDS.contains(&since) {
             sys::collect();
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::detect::{MAX_PEEK, Protocol, detect};
 
@@ -46,8 +46,8 @@ pub fn declared(app_protocol: &str) -> Declared {
 
 /// Bytes of one read while the protocol is not known.
 const READ: usize = 4096;
-/// A client that has begun a line of HTTP has this long to send enough of it to be recognised.
-const STALLED: Duration = Duration::from_secs(10);
+/// A client that has begun what may be a line of HTTP has this long to send enough of it to be recognised.
+const SLOW: Duration = Duration::from_secs(10);
 
 /// One look at what has arrived. `Ok(None)`: nothing yet.
 pub fn look(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<Option<Protocol>> {
@@ -61,21 +61,26 @@ pub fn look(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<Option<Proto
     }
 }
 
-/// Reads until the protocol is known. For connections whose client is known to speak first.
+/// Reads until the protocol is known. For connections whose client is known to speak first. One that is slow about
+/// what may be a request line is left to HTTP/1, which refuses it in time and says why.
 pub async fn read(socket: &TcpStream, mut bytes: BytesMut) -> io::Result<Opening> {
+    let mut deadline = None;
     let protocol = loop {
-        if bytes.len() > MAX_PEEK {
-            break Protocol::Opaque;
-        }
-        let readable = socket.readable();
-        if bytes.is_empty() {
-            readable.await?;
-        } else if timeout(STALLED, readable).await.is_err() {
-            // Half a request line and then nothing: no HTTP client does that.
-            break Protocol::Opaque;
+        match deadline {
+            None => socket.readable().await?,
+            Some(deadline) => match timeout_at(deadline, socket.readable()).await {
+                Ok(readable) => readable?,
+                Err(_late) => break Protocol::Http1,
+            },
         }
         if let Some(protocol) = look(socket, &mut bytes)? {
             break protocol;
+        }
+        if bytes.len() > MAX_PEEK {
+            break Protocol::Opaque;
+        }
+        if !bytes.is_empty() {
+            deadline.get_or_insert_with(|| Instant::now() + SLOW);
         }
     };
     Ok(Opening {
