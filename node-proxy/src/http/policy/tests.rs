@@ -1,3 +1,5 @@
+use mesh_api::proto::mesh;
+
 use super::*;
 
 fn traffic() -> mesh::TrafficPolicy {
