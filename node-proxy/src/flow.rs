@@ -8,9 +8,22 @@ use std::time::Instant;
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 
-use crate::telemetry::access_log::Record;
+use crate::telemetry::access_log::{Record, RequestRecord};
 use crate::telemetry::{OpenConnection, Party, Reporter, Security, TcpLabels};
 use crate::worker::Context;
+
+/// Logs at a level that is known at run time only.
+macro_rules! at_level {
+    ($level:expr, $($what:tt)*) => {
+        match $level {
+            tracing::Level::ERROR => tracing::error!($($what)*),
+            tracing::Level::WARN => tracing::warn!($($what)*),
+            tracing::Level::INFO => tracing::info!($($what)*),
+            tracing::Level::DEBUG => tracing::debug!($($what)*),
+            tracing::Level::TRACE => tracing::trace!($($what)*),
+        }
+    };
+}
 
 /// What is known of a connection so far.
 #[derive(Debug)]
@@ -61,7 +74,8 @@ impl Flow {
     pub fn fail(&self, context: &Context, error: ProxyError) {
         context.telemetry.fail(&self.labels(), error);
         if let Some(suppressed) = WARNINGS.permit(error) {
-            tracing::warn!(
+            at_level!(
+                error.level(),
                 direction = self.direction(), source = %self.source_address, destination = %self.destination_address,
                 source_identity = self.source.principal(), destination_identity = self.destination.principal(),
                 service = self.service.as_deref().unwrap_or("-"), reason = error.name(), suppressed,
@@ -116,6 +130,23 @@ impl Flow {
     }
 }
 
+/// Logs why the proxy ended a request, if it did. Not its path: the access log has that.
+pub fn request_failed(record: &RequestRecord<'_>) {
+    let Some(error) = record.outcome.error else {
+        return;
+    };
+    if let Some(suppressed) = WARNINGS.permit(error) {
+        at_level!(
+            error.level(),
+            direction = record.direction(), source = %record.source_address,
+            destination = %record.destination_address, source_identity = record.source.principal(),
+            destination_identity = record.destination.principal(), service = record.service.unwrap_or("-"),
+            route = record.route.unwrap_or("-"), status = record.outcome.status, reason = error.name(),
+            suppressed, "request ended: {}", error.hint()
+        );
+    }
+}
+
 /// At most one warning a second for each reason: a pod in trouble must not fill the node's disk. The
 /// metric counts all.
 static WARNINGS: Warnings = Warnings {
@@ -129,10 +160,9 @@ struct Warnings {
 impl Warnings {
     /// `Some(how many were suppressed since the last one)` if a warning may be written now.
     fn permit(&self, error: ProxyError) -> Option<u64> {
-        let row = ProxyError::ALL.iter().position(|e| *e == error)?;
         let mut last = self.last.lock();
         let now = Instant::now();
-        match &mut last[row] {
+        match &mut last[error.index()] {
             Some((at, suppressed)) if now.duration_since(*at).as_secs() < 1 => {
                 *suppressed += 1;
                 None

@@ -256,6 +256,20 @@ mod tests {
     }
 
     #[test]
+    fn the_time_without_use_begins_when_the_handle_goes() {
+        let series = series(2);
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let held = get(&series, 1, start);
+        series.sweep(at(500));
+        drop(held);
+        series.sweep(at(1399));
+        assert_eq!(series.all().len(), 1);
+        series.sweep(at(1400));
+        assert_eq!(series.all().len(), 0);
+    }
+
+    #[test]
     fn a_full_map_makes_room_without_being_asked() {
         let series = series(1);
         let start = Instant::now();

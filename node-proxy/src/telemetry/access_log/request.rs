@@ -130,7 +130,8 @@ impl RequestRecord<'_> {
         .to_string()
     }
 
-    fn direction(&self) -> &'static str {
+    /// `outbound` at the caller's node, `inbound` at the callee's.
+    pub fn direction(&self) -> &'static str {
         match self.reporter {
             Reporter::Source => "outbound",
             Reporter::Destination => "inbound",

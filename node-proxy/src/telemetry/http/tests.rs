@@ -265,6 +265,18 @@ fn series_end_when_they_are_not_used() {
 }
 
 #[test]
+fn a_meter_that_makes_room_for_another_gives_its_series_back() {
+    let telemetry = telemetry(1, 1);
+    let http = &telemetry.http;
+    let later = http.epoch + Duration::from_secs(1000);
+    http.meter_at(&labels("a"), http.epoch)
+        .count(key(200), http.epoch);
+    let meter = http.meter_at(&labels("b"), later);
+    meter.count(key(200), later);
+    assert_eq!(meter.outcomes.read().len(), 1);
+}
+
+#[test]
 fn a_cache_finds_meters_by_pointer_and_keeps_none() {
     let telemetry = telemetry(100, 100);
     let http = &telemetry.http;

@@ -353,7 +353,8 @@ impl Collector {
     }
 
     async fn next(&mut self) -> Vec<ResourceSpans> {
-        self.received.recv().await.unwrap()
+        let received = tokio::time::timeout(Duration::from_secs(30), self.received.recv());
+        received.await.expect("nothing was exported").unwrap()
     }
 }
 
