@@ -160,10 +160,13 @@ async fn begin(
             known => known,
         },
     };
-    if let Some(protocol @ (Protocol::Http1 | Protocol::Http2)) = known {
-        let bytes = bytes.freeze();
-        return Ok(Begun::Http(target, Opening { protocol, bytes }));
-    }
+    let known = match known {
+        Some(protocol @ (Protocol::Http1 | Protocol::Http2)) if !has_tls_route(&target, pod) => {
+            let bytes = bytes.freeze();
+            return Ok(Begun::Http(target, Opening { protocol, bytes }));
+        }
+        other => other,
+    };
     let server_name = match &known {
         Some(Protocol::Tls { sni }) => sni.clone(),
         _ => None,
@@ -272,6 +275,16 @@ fn declared(target: &Target, pod: &Pod) -> Declared {
             }
         }
     }
+}
+
+/// Whether only TLS may pass: anything else has no server name to be routed by.
+fn has_tls_route(target: &Target, pod: &Pod) -> bool {
+    let Target::Service(port) = target else {
+        return false;
+    };
+    let rules = port.http.load();
+    let routes = rules.routes_for(pod.identity.namespace());
+    matches!(routes.map(|set| &**set), Some(RouteSet::Tls(_)))
 }
 
 async fn establish(

@@ -4,15 +4,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::RETRY_AFTER;
+use http::header::UPGRADE;
 use http::request::Parts;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body::Body as _;
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
 
 use super::apps::{AppError, AppKey};
 use super::body::{Body, ExchangeError, exchange};
-use super::callee::{self, Call, failure, from_app, is_upgrade};
+use super::callee::{self, Call, failure, from_app};
 use super::retry::Cause;
 use super::upgrade::{Upgraded, deferred};
 use super::wire::{self, Envelope};
@@ -199,7 +200,14 @@ async fn through_tunnel(
 ) -> Result<Answer, Failed> {
     let failed = |error, cause| Failed { error, cause };
     let (mut parts, mut body) = request.into_parts();
-    let upgrade = is_upgrade(&Request::from_parts(parts.clone(), ()));
+    let connect = parts.method == Method::CONNECT;
+    let mut upgrade =
+        parts.version != Version::HTTP_2 && (connect || parts.headers.contains_key(UPGRADE));
+    if upgrade && !connect && !body.is_end_stream() {
+        // The stream has no room for a body beside what follows it: the upgrade is not asked for (RFC 9110 7.8).
+        parts.headers.remove(UPGRADE);
+        upgrade = false;
+    }
     wire::seal(&mut parts, envelope).map_err(|error| failed(error, None))?;
     let dialer = Dialer::Node(Arc::clone(&caller.worker.context.host));
     let slot = caller.worker.pool.slot(key, &dialer);
@@ -218,15 +226,19 @@ async fn through_tunnel(
     let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
     let error = wire::open_response(&mut parts);
     let mut response = Response::from_parts(parts, body);
-    if let Some(client) = client
-        && error.is_none()
-        && (response.status() == StatusCode::SWITCHING_PROTOCOLS
-            || (response.status().is_success()))
-    {
-        let from = std::mem::take(response.body_mut());
-        response
-            .extensions_mut()
-            .insert(Upgraded::stream(client, from));
+    if let Some(client) = client {
+        let status = response.status();
+        let granted = status == StatusCode::SWITCHING_PROTOCOLS || (connect && status.is_success());
+        if granted && error.is_none() {
+            let from = std::mem::take(response.body_mut());
+            response
+                .extensions_mut()
+                .insert(Upgraded::stream(client, from));
+        } else {
+            // Declined: an ordinary answer to a request without a body. Cut short instead, the request would
+            // take its answer with it. The stream may have ended already.
+            let _ = client.send(Body::empty());
+        }
     }
     match error {
         Some(error) => named(response, error),
@@ -256,6 +268,8 @@ fn judge(response: Response<Body>) -> Result<Answer, Failed> {
 /// The callee's proxy answered itself: where no app has seen the request another endpoint may do better.
 fn named(mut response: Response<Body>, error: ProxyError) -> Result<Answer, Failed> {
     let cause = match error {
+        // A name that this version does not know: whether an app has seen the request is not known either.
+        ProxyError::PeerRefused => None,
         error if error.retryable() => Some(Cause::ConnectFailure),
         ProxyError::UpstreamReset => Some(Cause::ResetBeforeHeaders),
         _ => None,
@@ -270,7 +284,6 @@ fn named(mut response: Response<Body>, error: ProxyError) -> Result<Answer, Fail
         PROXY_ERROR_HEADER,
         http::HeaderValue::from_static(error.name()),
     );
-    debug_assert!(response.headers().get(RETRY_AFTER).is_none() || error.status() == 429);
     Ok(Answer {
         response,
         error: Some(error),

@@ -16,7 +16,7 @@ use super::answer::{is_grpc, refusal, retry_after};
 use super::apps::{AppError, AppKey};
 use super::body::{Body, BodyError, ExchangeError};
 use super::h1::{self, SendError, remove_hop_by_hop};
-use super::story::Story;
+use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
 use super::{protocol, wire};
@@ -105,17 +105,24 @@ pub async fn deliver(
     let addresses = (SocketAddr::new(call.source, 0), call.target);
     record.story = Story::begin(&worker.context, &mut parts, &labels, addresses);
     let mut request = Request::from_parts(parts, body);
+    let refuse = |record: &mut Record, error: ProxyError| {
+        let response = refusal(error, grpc);
+        record.error = Some(error);
+        if record.story.is_none() {
+            story::failed(&labels, addresses, response.status(), error);
+        }
+        response
+    };
     let charge = match pod.account.charge(Resource::Request) {
         Ok(charge) => charge,
         Err(error) => {
-            record.error = Some(error);
-            return watch(refusal(error, grpc), record, Bounds::default(), ());
+            let response = refuse(&mut record, error);
+            return watch(response, record, Bounds::default(), ());
         }
     };
     if let Err((error, wait)) = limited(pod, call) {
-        let mut response = refusal(error, grpc);
+        let mut response = refuse(&mut record, error);
         retry_after(&mut response, wait);
-        record.error = Some(error);
         return watch(response, record, Bounds::default(), ());
     }
     if let Some(identity) = &call.caller.identity
@@ -125,14 +132,12 @@ pub async fn deliver(
     }
     let request = request.map(|body| sent.count(body));
     record.sent = sent;
+    let captured = pod.captured.enter();
     let response = match send(worker, pod, call, request).await {
         Ok(response) => response,
-        Err(error) => {
-            record.error = Some(error);
-            refusal(error, grpc)
-        }
+        Err(error) => refuse(&mut record, error),
     };
-    watch(response, record, Bounds::default(), charge)
+    watch(response, record, Bounds::default(), (charge, captured))
 }
 
 /// Sends it, again where the app closed a kept connection and nothing can be harmed by it.
@@ -148,7 +153,6 @@ async fn send(
         to: call.target,
         version: request.version(),
     };
-    let _captured = pod.captured.enter();
     for _ in 0..RESENDS {
         let again = request.method().is_idempotent();
         match worker.apps.send(&key, request).await {
@@ -180,6 +184,8 @@ pub fn from_app(mut response: Response<Body>) -> Response<Body> {
 pub fn failure(error: &AppError) -> ProxyError {
     match error {
         AppError::Connect(error, _) => *error,
+        // A refused stream, or one that a GOAWAY leaves out: nothing reached the app, another endpoint may be tried.
+        AppError::Http2(error) if error.is_unprocessed() => ProxyError::ConnectFailed,
         AppError::ClosedIdle(_) => ProxyError::UpstreamReset,
         AppError::Http1(SendError::Refused(_)) => ProxyError::UpstreamProtocol,
         AppError::Http1(SendError::Body(body)) | AppError::Http2(ExchangeError::Body(body)) => {

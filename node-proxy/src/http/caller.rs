@@ -29,7 +29,7 @@ use super::policy::{OverBudget, Policy};
 use super::retry::{Cause, Pushback, Replay, should_retry};
 use super::route::filter::{self, Outcome, RequestContext};
 use super::route::{Backend, Choice, PortRules, Rule, Session as Persistence};
-use super::story::Story;
+use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, grpc_status, watch};
 use super::{fault, mirror, protocol, wire};
@@ -79,6 +79,8 @@ struct Plan {
     /// Index into the rule's backends.
     backend: Option<usize>,
     origin: Option<HeaderValue>,
+    /// The session that the request came with: its endpoint, and when it began.
+    session: Option<(SocketAddr, u64)>,
     /// Where it goes.
     to: Goal,
     policy: Arc<Policy>,
@@ -220,6 +222,10 @@ impl Exchange<'_> {
             Err(Stop::Answer(response, error)) => (*response, error),
         };
         self.record.error = error;
+        if let (Some(error), None) = (error, &self.record.story) {
+            let addresses = (self.session.source, self.session.destination);
+            story::failed(&self.labels, addresses, response.status(), error);
+        }
         let upgraded = response.extensions_mut().remove::<Upgraded>();
         let mut response = watch(
             response,
@@ -257,9 +263,20 @@ impl Exchange<'_> {
         if let Some(rule) = &plan.rule {
             let chosen = plan.backend.map(|index| &rule.backends[index]);
             let filters = [&rule.filters[..], chosen.map_or(&[], |b| &b.filters[..])];
-            for list in filters {
-                body = mirror::send(self.session, list, &parts, body).await;
-            }
+            let session = self.session;
+            let copying = async {
+                for list in filters {
+                    body = mirror::send(session, list, &parts, body).await;
+                }
+                body
+            };
+            // A copy is made of a body that is here: that, too, is time of the request's.
+            body = match self.bounds.deadline {
+                None => copying.await,
+                Some(deadline) => tokio::time::timeout_at(deadline, copying)
+                    .await
+                    .map_err(|_late| ProxyError::RequestTimeout)?,
+            };
         }
         let deadline = self.bounds.deadline;
         let tries = self.tries(&plan, parts, body);
@@ -282,6 +299,7 @@ impl Exchange<'_> {
                     rule: None,
                     backend: None,
                     origin: None,
+                    session: None,
                     to: Goal::Address(*to),
                     policy: Arc::default(),
                 });
@@ -292,11 +310,16 @@ impl Exchange<'_> {
         let set = rules.routes_for(namespace).filter(|set| set.is_http());
         let Some(set) = set else {
             let policy = Arc::clone(&rules.policy);
+            let token = rules
+                .session
+                .as_ref()
+                .and_then(|session| session.token(&parts.headers, epoch()));
             return Ok(Plan {
                 rules,
                 rule: None,
                 backend: None,
                 origin: None,
+                session: token.map(|token| (token.endpoint, token.began)),
                 to: Goal::Port(Arc::clone(port)),
                 policy,
             });
@@ -314,9 +337,8 @@ impl Exchange<'_> {
         };
         let mut origin = filter::origin(&rule.filters, &parts.headers);
         let session = rule.session.as_ref().or(rules.session.as_ref());
-        let bound = session
-            .and_then(|session| session.token(&parts.headers, epoch()))
-            .and_then(|token| rule.backend_with(token.endpoint));
+        let token = session.and_then(|session| session.token(&parts.headers, epoch()));
+        let bound = token.and_then(|token| rule.backend_with(token.endpoint));
         let applied = filter::apply_request(&rule.filters, parts, &context);
         self.stop_at(applied, &rule.filters, origin.as_ref())?;
         let backend = match bound {
@@ -337,6 +359,7 @@ impl Exchange<'_> {
             rule: Some(Arc::clone(&rule)),
             backend: index,
             origin,
+            session: token.map(|token| (token.endpoint, token.began)),
             to: Goal::Port(to),
             rules,
         })
@@ -417,6 +440,7 @@ impl Exchange<'_> {
                 Err(failed) => (failed.cause, Some(failed.error)),
             };
             let Some(cause) = cause else {
+                source.commit();
                 return give(result, to);
             };
             let pause = should_retry(
@@ -428,6 +452,7 @@ impl Exchange<'_> {
                 &mut rand::rng(),
             );
             let Some(pause) = pause else {
+                source.commit();
                 if failed.is_some() {
                     self.record.judge(false);
                 }
@@ -438,7 +463,9 @@ impl Exchange<'_> {
                 .deadline
                 .is_some_and(|deadline| Clock::now() + pause >= deadline);
             if over_deadline || !self.may_retry(plan) {
-                self.record.request.retry_budget_exhausted();
+                if !over_deadline {
+                    self.record.request.retry_budget_exhausted();
+                }
                 if failed.is_some() {
                     self.record.judge(false);
                 }
@@ -484,9 +511,7 @@ impl Exchange<'_> {
         let policy = &rules.policy.balance;
         let hash = policy.hash_key.as_ref();
         let info = self.session.pod.info.load();
-        let session = persistence(plan)
-            .and_then(|session| session.token(headers, epoch()))
-            .map(|token| token.endpoint);
+        let session = plan.session.map(|(endpoint, _began)| endpoint);
         let mut context = PickContext {
             policy,
             v6: self.session.v6,
@@ -576,6 +601,13 @@ impl Source {
         }
     }
 
+    /// There is no further try: what goes on does so without being kept.
+    fn commit(&self) {
+        if let Self::Replay(replay) = self {
+            replay.commit();
+        }
+    }
+
     fn is_replayable(&self) -> bool {
         match self {
             Self::Empty => true,
@@ -621,8 +653,12 @@ fn finish(plan: &Plan, response: Response<Body>, endpoint: SocketAddr) -> Respon
 
 fn announce(plan: &Plan, mut response: Response<Body>, endpoint: SocketAddr) -> Response<Body> {
     if let Some(session) = persistence(plan) {
-        let now = epoch();
-        session.announce(endpoint, now, now, response.headers_mut());
+        // A session that goes on where it was needs no new name, and never a new beginning.
+        if plan.session.is_none_or(|(known, _began)| known != endpoint) {
+            let now = epoch();
+            let began = plan.session.map_or(now, |(_endpoint, began)| began);
+            session.announce(endpoint, began, now, response.headers_mut());
+        }
     }
     response
 }

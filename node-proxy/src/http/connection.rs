@@ -30,7 +30,7 @@ use super::body::{Body, pump};
 use super::detect::Protocol;
 use super::opening::Opening;
 use super::upgrade::Upgraded;
-use super::{callee, caller, h1};
+use super::{callee, caller, h1, wire};
 use crate::pods::Pod;
 use crate::worker::Worker;
 
@@ -79,10 +79,24 @@ impl Connection {
 
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let mut server = h1::Server::new(socket, begun, h1::Limits::default());
-        let draining = self.worker.draining();
+        let mut draining = self.worker.draining();
+        let mut leaving = false;
         let (interim, mut interims) = interims();
         loop {
-            let mut request = match server.next().await {
+            let next = tokio::select! {
+                biased;
+                next = server.next() => Some(next),
+                _ = draining.wait_for(|draining| *draining), if !leaving => None,
+            };
+            let Some(next) = next else {
+                leaving = true;
+                if server.is_idle() {
+                    return server.close().await;
+                }
+                // A request is under way: it is read on, and answered.
+                continue;
+            };
+            let mut request = match next {
                 Ok(Some(request)) => request,
                 Ok(None) => return server.close().await,
                 Err(error) => {
@@ -110,6 +124,11 @@ impl Connection {
                 }
             };
             let Some(mut response) = handled else { return };
+            // What came together with the final answer; it must not wait for the next request's.
+            while let Ok(head) = interims.try_recv() {
+                // A client that has gone is found below.
+                let _ = server.interim(head).await;
+            }
             let upgraded = response.extensions_mut().remove::<Upgraded>();
             if *draining.borrow() && upgraded.is_none() {
                 let close = HeaderValue::from_static("close");
@@ -188,6 +207,9 @@ impl Connection {
             }
         };
         if let Some(response) = handled {
+            while let Ok(head) = interims.try_recv() {
+                inform(head, &mut respond);
+            }
             send(response, &mut respond).await;
         }
     }
@@ -220,7 +242,9 @@ const INTERIMS: usize = 4;
 /// Where interim answers (1xx) go, and where they are passed on from.
 pub fn interims() -> (h1::OnInterim, mpsc::Receiver<response::Parts>) {
     let (found, pass_on) = mpsc::channel(INTERIMS);
-    let found = h1::OnInterim(Arc::new(move |head| {
+    let found = h1::OnInterim(Arc::new(move |mut head: response::Parts| {
+        wire::strip(&mut head.headers);
+        h1::remove_hop_by_hop(&mut head.headers);
         // What does not fit is left out: a client may get any number of them, or none (RFC 9110, 15.2).
         let _ = found.try_send(head);
     }));

@@ -1,16 +1,19 @@
 //! Copies of requests for another backend (RequestMirror, GEP-3171). Their answers count for nothing.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::request::Parts;
-use http_body::Body as _;
+use http_body::{Body as _, Frame};
 use rand::Rng;
 
 use super::attempt::{Caller, Way};
-use super::body::Body;
+use super::body::{Body, BodyError};
 use super::caller::Session;
+use super::h1::OnInterim;
 use super::route::Backend;
 use super::route::filter::{Filter, mirrors};
 use crate::balance::PickContext;
@@ -30,7 +33,10 @@ pub(super) async fn send(session: &Session, filters: &[Filter], parts: &Parts, b
     let Some(copy) = copy else { return body };
     for backend in chosen {
         let copy = copy.try_clone().unwrap_or_default();
-        session.spawn_copy(backend, parts.clone(), copy);
+        let mut head = parts.clone();
+        // Nothing of a copy's answer is for the caller.
+        head.extensions.remove::<OnInterim>();
+        session.spawn_copy(backend, head, copy);
     }
     body
 }
@@ -49,15 +55,30 @@ async fn copied(mut body: Body) -> (Option<Body>, Body) {
     }
     let mut whole = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        match frame.map(http_body::Frame::into_data) {
+        match frame.map(Frame::into_data) {
             Ok(Ok(data)) => whole.extend_from_slice(&data),
             Ok(Err(_trailers)) => {}
-            // Cut short: the request fails where it is read next.
-            Err(_) => return (None, body),
+            // A body that has failed looks like one that has ended; the request must fail where it is read next.
+            Err(error) => return (None, Body::boxed(Broken(Some(error)))),
         }
     }
     let whole = whole.freeze();
     (Some(Body::full(whole.clone())), Body::full(whole))
+}
+
+/// What is left of a body that failed while it was read.
+struct Broken(Option<BodyError>);
+
+impl http_body::Body for Broken {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Poll::Ready(self.get_mut().0.take().map(Err))
+    }
 }
 
 /// Sends one copy and reads its answer to the end.

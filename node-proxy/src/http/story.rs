@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::request::Parts;
-use http::{Method, Version, header};
+use http::{Method, StatusCode, Version, header};
+use mesh_api::errors::ProxyError;
 
+use crate::flow::request_failed;
 use crate::telemetry::access_log::RequestRecord;
 use crate::telemetry::http::{Outcome, RequestLabels};
 use crate::telemetry::trace::Trace;
@@ -109,6 +111,39 @@ impl Story {
             trace_id: trace.id(),
         };
         context.access_log.write_request(&record);
+        request_failed(&record);
         trace.finish(&record);
     }
+}
+
+/// Logs a refusal of which nobody wants the whole story.
+pub(super) fn failed(
+    labels: &RequestLabels,
+    (source, destination): (SocketAddr, SocketAddr),
+    status: StatusCode,
+    error: ProxyError,
+) {
+    request_failed(&RequestRecord {
+        reporter: labels.reporter,
+        source_address: source,
+        destination_address: destination,
+        source: &labels.source,
+        destination: &labels.destination,
+        service: labels.service.as_deref(),
+        route: labels.route.as_deref(),
+        backend: labels.backend.as_deref(),
+        protocol: labels.protocol,
+        version: Version::HTTP_11,
+        method: &Method::GET,
+        authority: "",
+        path: "",
+        outcome: Outcome {
+            status: status.as_u16(),
+            error: Some(error),
+            ..Outcome::default()
+        },
+        retries: 0,
+        duration: Duration::ZERO,
+        trace_id: None,
+    });
 }

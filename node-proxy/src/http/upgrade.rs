@@ -70,18 +70,29 @@ impl Upgraded {
             return Ok(());
         };
         let (read, write) = client.into_split();
-        let sent = Body::boxed(Incoming::new(read, ahead, None));
         match way {
             Way::Raw(raw) => {
+                let sent = Body::boxed(Incoming::new(read, ahead, None));
                 let (from_app, to_app) = raw.stream.into_split();
                 let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.charge));
                 tokio::try_join!(write_body(sent, to_app), write_body(received, write)).map(|_| ())
             }
             Way::Stream { to, from } => {
+                let (held, ended) = oneshot::channel();
+                let sent = Body::boxed(Incoming {
+                    from: read,
+                    ahead,
+                    _charge: None,
+                    _held: Some(held),
+                });
                 if to.send(sent).is_err() {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
-                write_body(from, write).await
+                write_body(from, write).await?;
+                // The client's own direction is sent elsewhere; the connection is not over before it is. Nothing
+                // is ever said: the sender is dropped.
+                let _dropped = ended.await;
+                Ok(())
             }
         }
     }
@@ -115,6 +126,8 @@ struct Incoming {
     from: OwnedReadHalf,
     ahead: Bytes,
     _charge: Option<Charge>,
+    /// Whoever waits for the end of this.
+    _held: Option<oneshot::Sender<()>>,
 }
 
 impl Incoming {
@@ -123,6 +136,7 @@ impl Incoming {
             from,
             ahead,
             _charge: charge,
+            _held: None,
         }
     }
 }

@@ -14,6 +14,7 @@ use tokio::time::{Sleep, sleep, sleep_until};
 
 use super::body::{Body, BodyError};
 use super::story::Story;
+use super::wire;
 use crate::balance::{self, Pick};
 use crate::telemetry::http::{InFlight, Outcome};
 
@@ -204,15 +205,16 @@ impl<H: Send + Unpin + 'static> http_body::Body for Watched<H> {
             this.settle(Some(error));
             return Poll::Ready(Some(Err(BodyError::Timeout)));
         }
-        let frame = ready!(polled);
-        match &frame {
+        let mut frame = ready!(polled);
+        match &mut frame {
             Some(Ok(frame)) => {
                 if let Some((after, idle)) = &mut this.idle {
                     idle.as_mut().reset(tokio::time::Instant::now() + *after);
                 }
                 if let Some(data) = frame.data_ref() {
                     this.bytes += data.len() as u64;
-                } else if let Some(trailers) = frame.trailers_ref() {
+                } else if let Some(trailers) = frame.trailers_mut() {
+                    wire::strip(trailers);
                     this.grpc_status = this.grpc_status.or(grpc_status(trailers));
                 }
                 if this.body.is_end_stream() {
@@ -255,11 +257,14 @@ impl http_body::Body for Counted {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            this.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+        let mut frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &mut frame {
+            if let Some(data) = frame.data_ref() {
+                this.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+            } else if let Some(trailers) = frame.trailers_mut() {
+                // An app may put them with the headers.
+                wire::strip(trailers);
+            }
         }
         Poll::Ready(frame)
     }

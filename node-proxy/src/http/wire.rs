@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use h2::ext::Protocol as ExtendedProtocol;
-use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::request::Parts;
 use http::{Method, StatusCode, Version, response};
 use mesh_api::errors::ProxyError;
@@ -31,6 +31,8 @@ const SERVICE: HeaderName = HeaderName::from_static("warren-service");
 const VERSION: HeaderName = HeaderName::from_static("warren-version");
 const CASE: HeaderName = HeaderName::from_static("warren-case");
 const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
+/// The method of an upgrade, if it is not GET.
+const METHOD: HeaderName = HeaderName::from_static("warren-method");
 const PREFIX: &str = "warren-";
 
 /// What a request on a tunnel says beside the app's own.
@@ -76,9 +78,14 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
             let authority = text(authority.to_string())?;
             parts.headers.insert(AUTHORITY, authority);
             parts.uri = http::Uri::from_static("http://connect.warren/");
+        } else if parts.method != Method::GET {
+            let method = text(parts.method.to_string())?;
+            parts.headers.insert(METHOD, method);
         }
         parts.method = Method::CONNECT;
         parts.headers.remove(UPGRADE);
+        // Of no use where what follows has no end that is known; HTTP/2 would hold the stream to it.
+        parts.headers.remove(CONTENT_LENGTH);
         parts.extensions.insert(protocol);
     }
     Ok(())
@@ -88,7 +95,9 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
 pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
     let headers = &mut parts.headers;
     let envelope = Envelope {
-        target: parse(headers, &TARGET)?.ok_or(ProxyError::BadRequest)?,
+        target: parse::<SocketAddr>(headers, &TARGET)?
+            .map(|target| SocketAddr::new(target.ip().to_canonical(), target.port()))
+            .ok_or(ProxyError::BadRequest)?,
         source: parse::<IpAddr>(headers, &SOURCE)?
             .ok_or(ProxyError::BadRequest)?
             .to_canonical(),
@@ -108,6 +117,7 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
         parts.extensions.insert(case);
     }
     let authority = headers.remove(AUTHORITY);
+    let method = headers.remove(METHOD);
     strip(headers);
     if let Some(protocol) = parts.extensions.remove::<ExtendedProtocol>() {
         if protocol.as_str() == CONNECT_PROTOCOL {
@@ -120,7 +130,13 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
         } else {
             let value =
                 HeaderValue::from_str(protocol.as_str()).map_err(|_| ProxyError::BadRequest)?;
-            parts.method = Method::GET;
+            parts.method = match method {
+                None => Method::GET,
+                Some(name) => Method::from_bytes(name.as_bytes())
+                    .ok()
+                    .filter(|method| *method != Method::CONNECT)
+                    .ok_or(ProxyError::BadRequest)?,
+            };
             // The codec adds `Connection: upgrade`.
             parts.headers.insert(UPGRADE, value);
         }

@@ -50,6 +50,8 @@ pub(super) const BOTH: &[i64] = &[
     libc::SYS_sendto,
     libc::SYS_recvfrom,
     libc::SYS_sendmsg,
+    // glibc asks for A and AAAA records with one call.
+    libc::SYS_sendmmsg,
     libc::SYS_recvmsg,
     libc::SYS_shutdown,
     libc::SYS_socketpair,

@@ -569,11 +569,16 @@ async fn serve_request(
             _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
         }
     };
+    while let Ok(head) = interims.try_recv() {
+        connection::inform(head, respond);
+    }
     let (mut parts, body) = response.into_parts();
     let upgraded = parts.extensions.remove::<Upgraded>();
     wire::seal_response(&mut parts);
     match (upgraded.and_then(Upgraded::into_raw), follows) {
         (Some(raw), Some(follows)) => {
+            // A length of what is no body; HTTP/2 would hold the stream to it.
+            parts.headers.remove(http::header::CONTENT_LENGTH);
             let (sends, writing) = upgrade::split(raw, follows);
             let response = Response::from_parts(parts, sends);
             // Either direction may end before the other.

@@ -120,8 +120,10 @@ pub(super) async fn send(
     connect_timeout: Duration,
 ) -> Result<Response<Body>, AppError> {
     let shelf = Key::from(key);
-    let mut last = ProxyError::ConnectFailed;
-    for _ in 0..ATTEMPTS {
+    let mut gone = 0;
+    // Others may take all places of a connection that was waited for: then the next is dialled, as long as there may
+    // be one more.
+    for _ in 0..MOST_CONNECTIONS + ATTEMPTS {
         let place = match step(pool, key, &shelf, connect_timeout) {
             Step::Use(place) => place,
             Step::Wait(mut outcome) => {
@@ -148,11 +150,15 @@ pub(super) async fn send(
             }
             Err(_going_away) => {
                 place.0.closed.store(true, Ordering::Relaxed);
-                last = ProxyError::ConnectFailed;
+                gone += 1;
+                if gone == ATTEMPTS {
+                    break;
+                }
             }
         }
     }
-    Err(AppError::Connect(last, Some(Box::new(request))))
+    let error = ProxyError::ConnectFailed;
+    Err(AppError::Connect(error, Some(Box::new(request))))
 }
 
 enum Step {

@@ -117,6 +117,13 @@ impl Server {
         Ok(Some(Request::from_parts(parts, body)))
     }
 
+    /// Whether nothing of a request has come that was not answered.
+    pub fn is_idle(&self) -> bool {
+        self.reader
+            .as_ref()
+            .is_some_and(|reader| reader.buffered().is_empty())
+    }
+
     async fn read_head(&mut self) -> Result<Option<Bytes>, Error> {
         let Some(reader) = &mut self.reader else {
             return Ok(None);
