@@ -184,13 +184,10 @@ fn grpc_interoperability() {
             failed.len(),
             failed.join("\n")
         );
-        expect_http_counted(
-            &lab,
-            "node-1",
-            before,
-            4 * GRPC_CASES.len() as u64,
-            "interoperability cases",
-        );
+        // Of ports that do not say what they carry none need be counted: a server whose SETTINGS come before
+        // the client's first bytes has spoken first. One case ends before anything is sent.
+        let least = 2 * (GRPC_CASES.len() as u64 - 1);
+        expect_http_counted(&lab, "node-1", before, least, "interoperability cases");
     });
 }
 

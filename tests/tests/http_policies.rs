@@ -163,18 +163,10 @@ fn limits_and_rates() {
             "x-control: delay=200",
         ];
         let report = requests(&lab, CLIENT, &args);
-        let most: u64 = SERVERS
-            .iter()
-            .filter_map(|pod| admin(&lab, *pod, "/count", None)["most_in_flight"].as_u64())
-            .sum();
+        // Six of 200 ms each in 3 s, and those that were in flight at the end.
         assert!(
-            most <= 6,
-            "at most six were in flight, not {most}: {report:#?}"
-        );
-        // Six of 200 ms each in 3 s.
-        assert!(
-            report.ok >= 45,
-            "what the limit allows is served: {report:#?}"
+            (45..=96).contains(&report.ok),
+            "what the limit allows is served, and no more: {report:#?}"
         );
         let refused = report
             .statuses

@@ -23,7 +23,9 @@ fn grpc_of_all_kinds() {
                 expect_all_kinds(&target, server.1, &said);
             }
         }
-        expect_http_counted(&lab, "node-1", counted, 60, "gRPC calls");
+        // Ten to each server on each port that says what it carries. On the others a server whose SETTINGS
+        // come before the client's first bytes has spoken first, which is TCP.
+        expect_http_counted(&lab, "node-1", counted, 40, "gRPC calls");
     });
 }
 

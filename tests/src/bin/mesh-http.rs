@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -53,6 +53,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..State::default()
     });
     let (main, raw, admin) = (listen(HTTP)?, listen(RAW)?, listen(ADMIN)?);
+    large();
     println!("listening");
     let (end, ended) = watch::channel(false);
     tokio::spawn(accept(raw, Arc::clone(&state), ended.clone(), serve_raw));
@@ -97,7 +98,7 @@ struct Control {
     code: Option<u16>,
     /// `retry-after=SECONDS` beside a failure.
     retry_after: Option<u64>,
-    /// `size=BYTES`: the body is that large instead of JSON.
+    /// `size=BYTES`: the body is that large (at most 16 MiB) instead of JSON.
     size: Option<usize>,
     /// `slow=MS`: between the sixteen pieces of the body.
     slow_ms: Option<u64>,
@@ -262,7 +263,7 @@ async fn answer(
         "body": length, "digest": format!("{digest:016x}"), "nth": nth,
     });
     let payload = match control.size {
-        Some(size) => Bytes::from((0..size).map(|i| (i % 251) as u8).collect::<Vec<_>>()),
+        Some(size) => large().slice(..size.min(LARGEST)),
         None => Bytes::from(format!("{seen}\n")),
     };
     // HTTP/2 leaves it to the server not to send what these answers cannot have.
@@ -288,6 +289,14 @@ async fn answer(
     }
     Ok(response)
 }
+
+/// What large bodies are made of: once, since it takes a while.
+fn large() -> &'static Bytes {
+    static LARGE: OnceLock<Bytes> = OnceLock::new();
+    LARGE.get_or_init(|| Bytes::from((0..LARGEST).map(|i| (i % 251) as u8).collect::<Vec<_>>()))
+}
+
+const LARGEST: usize = 16 << 20;
 
 /// The answer's body: whole, or in pieces if something is to happen between or after them.
 fn stream_of(payload: Bytes, control: &Control) -> BoxBody<Bytes, Error> {
