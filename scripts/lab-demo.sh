@@ -131,10 +131,10 @@ web_logs() {
   done
 }
 
-# counted NODE REPORTER: connections from client to web that the node's proxy has counted.
+# counted NODE REPORTER: requests from client to web that the node's proxy has counted.
 counted() {
   lab metrics "$1" | awk -v reporter="reporter=\"$2\"" '
-    /^warren_tcp_connections_opened_total/ && index($0, reporter) && /sa\/client".*sa\/web".*mutual_tls"/ { sum += $NF }
+    /^warren_http_requests_total/ && index($0, reporter) && /sa\/client".*sa\/web".*mutual_tls"/ { sum += $NF }
     END { print sum + 0 }'
 }
 
@@ -161,7 +161,7 @@ The demo mesh is running. Try:
   \$W exec --name $LAB -n demo client -- curl -s http://web/
   \$W restart --name $LAB node/node-2 --proxy --kill     # then curl again: it waits a moment, nothing is refused
   \$W stop --name $LAB controller                        # then curl again: nothing changes; \$W start brings it back
-  \$W metrics --name $LAB node-1 | grep tcp_connections
+  \$W metrics --name $LAB node-1 | grep http_requests_total
   \$W logs --name $LAB node/node-2 --proxy
 Stop it with: make lab-down
 END

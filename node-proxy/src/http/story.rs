@@ -29,7 +29,8 @@ pub struct Story {
     authority: String,
     path: String,
     started: Instant,
-    trace: Trace,
+    /// None: told.
+    trace: Option<Trace>,
 }
 
 impl std::fmt::Debug for Story {
@@ -72,47 +73,52 @@ impl Story {
             authority: authority.to_owned(),
             path: path.to_owned(),
             started: Instant::now(),
-            trace,
+            trace: Some(trace),
         }))
     }
 
     /// Tells it.
-    pub fn end(self, outcome: Outcome) {
-        let Self {
-            context,
-            labels,
-            destination,
-            retries,
-            source,
-            version,
-            method,
-            authority,
-            path,
-            started,
-            trace,
-        } = self;
+    pub fn end(mut self, outcome: Outcome) {
+        self.tell(outcome);
+    }
+
+    fn tell(&mut self, outcome: Outcome) {
+        let Some(trace) = self.trace.take() else {
+            return;
+        };
+        let labels = &self.labels;
         let record = RequestRecord {
             reporter: labels.reporter,
-            source_address: source,
-            destination_address: destination,
+            source_address: self.source,
+            destination_address: self.destination,
             source: &labels.source,
             destination: &labels.destination,
             service: labels.service.as_deref(),
             route: labels.route.as_deref(),
             backend: labels.backend.as_deref(),
             protocol: labels.protocol,
-            version,
-            method: &method,
-            authority: &authority,
-            path: &path,
+            version: self.version,
+            method: &self.method,
+            authority: &self.authority,
+            path: &self.path,
             outcome,
-            retries,
-            duration: started.elapsed(),
+            retries: self.retries,
+            duration: self.started.elapsed(),
             trace_id: trace.id(),
         };
-        context.access_log.write_request(&record);
+        self.context.access_log.write_request(&record);
         request_failed(&record);
         trace.finish(&record);
+    }
+}
+
+impl Drop for Story {
+    /// A request whose client went away before there was an answer.
+    fn drop(&mut self) {
+        self.tell(Outcome {
+            error: Some(ProxyError::Cancelled),
+            ..Outcome::default()
+        });
     }
 }
 
