@@ -178,8 +178,12 @@ impl Session {
             .get(&self.worker.context.telemetry.http, labels)
     }
 
-    /// Sends a copy of a request beside the request.
+    /// Sends a copy of a request beside the request, if the pod may have one more in flight: a slow mirror must not
+    /// gather copies without bound.
     pub(super) fn spawn_copy(&self, backend: Arc<Backend>, parts: Parts, body: Body) {
+        let Ok(charge) = self.pod.account.charge(Resource::Request) else {
+            return;
+        };
         let (worker, pod) = (Arc::clone(&self.worker), Arc::clone(&self.pod));
         let (party, source, v6) = (self.party.clone(), self.source, self.v6);
         self.worker.spawn(async move {
@@ -190,6 +194,7 @@ impl Session {
                 source,
             };
             mirror::deliver(caller, v6, &backend, parts, body).await;
+            drop(charge);
         });
     }
 

@@ -243,6 +243,10 @@ const INTERIMS: usize = 4;
 pub fn interims() -> (h1::OnInterim, mpsc::Receiver<response::Parts>) {
     let (found, pass_on) = mpsc::channel(INTERIMS);
     let found = h1::OnInterim(Arc::new(move |mut head: response::Parts| {
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            // Nothing between: HTTP/2 has none (RFC 9113 8.6), and HTTP/1 ends with it.
+            return;
+        }
         wire::strip(&mut head.headers);
         h1::remove_hop_by_hop(&mut head.headers);
         // What does not fit is left out: a client may get any number of them, or none (RFC 9110, 15.2).
