@@ -2,7 +2,7 @@
 //!
 //! No timer decides. A port that is declared to be HTTP waits for the client, since HTTP clients speak first.
 //! Elsewhere one look is taken at what has come already; if that is nothing, the caller opens the way to the
-//! server as for TCP and takes whoever speaks first ([`first`]): a server that greets is not delayed.
+//! server as for TCP and takes whoever speaks first: a server that greets is not delayed.
 
 use std::io;
 use std::time::Duration;
