@@ -164,6 +164,8 @@ fn a_rolling_restart_fails_no_request() {
                 &[&["http://web/", "--rate", "500"], more].concat(),
             );
             let old: Vec<String> = web_pods(&lab);
+            // So that every old one has served, and below every new one.
+            let_run(Duration::from_secs(2));
             let mut restart = Command::new(binary("warren"));
             restart.args(["lab", "rollout", "restart", "--name", lab.name()]);
             restart.args(["-n", "demo", "deploy/web"]);
@@ -181,6 +183,7 @@ fn a_rolling_restart_fails_no_request() {
                     }
                 },
             );
+            let_run(Duration::from_secs(2));
             let report = load.stop();
             print("rolling restart", &report);
             report.expect_no_failure(&format!("a rolling restart of all endpoints, {what}"));
