@@ -19,6 +19,7 @@ use crate::http::callee::{self, Call};
 use crate::http::connection::{Connection, Role};
 use crate::http::detect::{MAX_PEEK, Protocol};
 use crate::http::opening::{self, Opening};
+use crate::outbound::is_settings;
 use crate::pods::Pod;
 use crate::probe;
 use crate::tcp;
@@ -156,6 +157,8 @@ async fn client_first(
     bytes: &mut BytesMut,
     delivered: &mut Delivered,
 ) -> Option<Protocol> {
+    let mut waits = false;
+    let mut head = [0; 9];
     loop {
         tokio::select! {
             biased;
@@ -167,7 +170,13 @@ async fn client_first(
                     return known;
                 }
             }
-            _ = delivered.stream().readable() => return None,
+            spoken = delivered.stream().peek(&mut head), if !waits => {
+                // An HTTP/2 server speaks first and waits for its client all the same.
+                waits = is_settings(&head[..spoken.ok()?]);
+                if !waits {
+                    return None;
+                }
+            }
         }
     }
 }

@@ -180,14 +180,13 @@ async fn begin(
     .unwrap_or(Err(ProxyError::ConnectTimeout))?;
     let mut spoken = Spoken::default();
     if known.is_none() {
-        match first(socket, &mut route, &mut bytes).await? {
+        match first(socket, &mut route, &mut bytes, &mut spoken.server).await? {
             First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
                 // The way that was opened for TCP is closed unused.
                 let bytes = bytes.freeze();
                 return Ok(Begun::Http(target, Opening { protocol, bytes }));
             }
-            First::Client(_) => {}
-            First::Server(chunk) => spoken.server = chunk,
+            First::Client(_) | First::Server => {}
         }
     }
     spoken.client = bytes.freeze();
@@ -198,18 +197,22 @@ async fn begin(
     })
 }
 
+/// What was said first, and by whom.
 enum First {
     Client(Protocol),
-    Server(Bytes),
+    Server,
 }
 
-/// Waits for whoever speaks first. A client that has begun something that may be HTTP is waited for until it is, or is
-/// not, or the server speaks.
+/// Waits for whoever speaks first; `server` gets what was taken of the server's words. A client that has begun something
+/// that may be HTTP is waited for until it is, or is not, or the server speaks. A server that begins with SETTINGS waits
+/// for its client's preface (RFC 9113, section 3.4), so the client decides.
 async fn first(
     socket: &TcpStream,
     route: &mut Route,
     bytes: &mut BytesMut,
+    server: &mut Bytes,
 ) -> Result<First, ProxyError> {
+    let mut waits = false;
     loop {
         tokio::select! {
             biased;
@@ -223,8 +226,23 @@ async fn first(
                     return Ok(First::Client(protocol));
                 }
             }
-            spoken = route.first() => return spoken.map(First::Server),
+            spoken = route.first(server), if !waits => {
+                waits = spoken?;
+                if !waits {
+                    return Ok(First::Server);
+                }
+            }
         }
+    }
+}
+
+/// Whether a server's first bytes are HTTP/2's: a SETTINGS frame (RFC 9113, sections 4.1 and 6.5).
+pub fn is_settings(bytes: &[u8]) -> bool {
+    match bytes {
+        [l1, l2, l3, 4, 0, 0, 0, 0, 0, ..] => {
+            u32::from_be_bytes([0, *l1, *l2, *l3]).is_multiple_of(6)
+        }
+        _ => false,
     }
 }
 
@@ -618,18 +636,22 @@ async fn repeat(
 }
 
 impl Route {
-    /// What the other side says first; nothing where the relay will find it by itself.
-    async fn first(&mut self) -> Result<Bytes, ProxyError> {
+    /// Waits for the other side's first bytes. Whether they are HTTP/2's; what had to be taken to know is in `taken`.
+    async fn first(&mut self, taken: &mut Bytes) -> Result<bool, ProxyError> {
         match self {
-            Self::Tunnel(stream) => match stream.receive.data().await {
-                Some(Ok(chunk)) => Ok(chunk),
-                None => Ok(Bytes::new()),
-                Some(Err(_)) => Err(ProxyError::TunnelReset),
-            },
+            Self::Tunnel(stream) => {
+                *taken = match stream.receive.data().await {
+                    Some(Ok(chunk)) => chunk,
+                    None => Bytes::new(),
+                    Some(Err(_)) => return Err(ProxyError::TunnelReset),
+                };
+                Ok(is_settings(taken))
+            }
             Self::Socket { delivered, .. } => {
-                let readable = delivered.stream().readable().await;
-                // An error is for the relay to find and to pass on.
-                readable.map_or(Ok(Bytes::new()), |()| Ok(Bytes::new()))
+                let mut head = [0; 9];
+                // A failure is for the relay to find and to pass on.
+                let length = delivered.stream().peek(&mut head).await.unwrap_or(0);
+                Ok(is_settings(&head[..length]))
             }
         }
     }
@@ -641,5 +663,25 @@ pub fn reason(broken: &Broken) -> Option<ProxyError> {
         Broken::Io(_) => None,
         Broken::Stream => Some(ProxyError::TunnelReset),
         Broken::Limit(error) => Some(*error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_bytes_of_an_http2_server() {
+        assert!(is_settings(&[0, 0, 18, 4, 0, 0, 0, 0, 0, 0, 3]));
+        assert!(is_settings(&[0, 0, 0, 4, 0, 0, 0, 0, 0]));
+        for other in [
+            &b"220 mail.example ESMTP"[..],
+            &[0, 0, 18, 4, 0, 0, 0, 0, 1],
+            &[0, 0, 17, 4, 0, 0, 0, 0, 0],
+            &[0, 0, 18, 4, 0, 0],
+            b"",
+        ] {
+            assert!(!is_settings(other), "{other:?}");
+        }
     }
 }
