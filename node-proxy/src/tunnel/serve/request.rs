@@ -1,0 +1,117 @@
+//! HTTP requests that come through a tunnel, each a stream of its own.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::{Method, Request, Response};
+
+use super::{Judged, Tunnel};
+use crate::flow::Flow;
+use crate::http::answer::{self, is_grpc};
+use crate::http::body::Body;
+use crate::http::callee::{self, Call};
+use crate::http::upgrade::{self, Upgraded};
+use crate::http::{connection, wire};
+use crate::pods::Pod;
+use crate::telemetry::Security;
+use crate::worker::Worker;
+
+impl Tunnel {
+    /// An HTTP request of its own.
+    pub(super) async fn request(
+        self: Arc<Self>,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        mut flow: Flow,
+    ) {
+        let context = Arc::clone(&self.worker.context);
+        let (mut parts, stream) = request.into_parts();
+        let body = Body::http2(stream, &parts.headers);
+        let judged = match wire::open(&mut parts) {
+            Err(error) => Err(error),
+            Ok(envelope) => {
+                flow.destination_address = envelope.target;
+                let judged = self.judge(envelope.target, Some(envelope.source), &mut flow);
+                judged.await.map(|judged| (judged, envelope))
+            }
+        };
+        let (judged, envelope) = match judged {
+            Ok(judged) => judged,
+            Err(error) => {
+                flow.fail(&context, error);
+                let response = answer::refusal(error, is_grpc(&parts.headers));
+                return connection::send(response, &mut respond).await;
+            }
+        };
+        let Judged {
+            pod,
+            source,
+            charge,
+            captured,
+        } = judged;
+        let call = Call {
+            caller: flow.source,
+            source,
+            target: envelope.target,
+            service: envelope
+                .service
+                .and_then(|reference| context.table.service_port(&reference)),
+            security: Security::MutualTls,
+        };
+        let request = Request::from_parts(parts, body);
+        let serving = serve_request(&self.worker, &pod, &call, request, &mut respond);
+        serving.await;
+        drop((charge, captured));
+    }
+}
+
+/// Anything but the CONNECT of a TCP connection.
+pub(super) fn is_request(request: &Request<RecvStream>) -> bool {
+    request.method() != Method::CONNECT || request.extensions().get::<h2::ext::Protocol>().is_some()
+}
+
+async fn serve_request(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    call: &Call,
+    mut request: Request<Body>,
+    respond: &mut SendResponse<Bytes>,
+) {
+    let upgrade = callee::is_upgrade(&request);
+    // What an upgraded connection brings follows on the stream.
+    let follows = upgrade.then(|| std::mem::take(request.body_mut()));
+    let (interim, mut interims) = connection::interims();
+    request.extensions_mut().insert(interim);
+    let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
+    let response = loop {
+        tokio::select! {
+            biased;
+            Some(head) = interims.recv() => connection::inform(head, respond),
+            response = &mut delivering => break response,
+            // The caller gave up.
+            _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+        }
+    };
+    while let Ok(head) = interims.try_recv() {
+        connection::inform(head, respond);
+    }
+    let (mut parts, body) = response.into_parts();
+    let upgraded = parts.extensions.remove::<Upgraded>();
+    wire::seal_response(&mut parts);
+    match (upgraded.and_then(Upgraded::into_raw), follows) {
+        (Some(raw), Some(follows)) => {
+            // A length of what is no body; HTTP/2 would hold the stream to it.
+            parts.headers.remove(http::header::CONTENT_LENGTH);
+            let (sends, writing) = upgrade::split(raw, follows);
+            let response = Response::from_parts(parts, sends);
+            // Either direction may end before the other.
+            let (_, written) = tokio::join!(connection::send(response, respond), writing);
+            if let Err(error) = written {
+                tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
+            }
+        }
+        _ => connection::send(Response::from_parts(parts, body), respond).await,
+    }
+}
