@@ -29,6 +29,7 @@ use super::h1::{Client, FailedSend, Home, Limits, SendError};
 use crate::budget::Charge;
 use crate::deliver;
 use crate::pods::Pod;
+use crate::telemetry::{OpenConnection, TcpLabels, Telemetry};
 
 mod h2c;
 #[cfg(test)]
@@ -63,6 +64,31 @@ pub struct AppKey {
     pub to: SocketAddr,
     /// HTTP/2: with prior knowledge. Anything else: HTTP/1.
     pub version: Version,
+    /// What a connection counts as in the TCP metrics. `None`: it is counted elsewhere.
+    pub counted: Option<Counted>,
+}
+
+/// What a connection counts as: that of the request it was opened for.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    /// Where it is counted.
+    pub telemetry: Arc<Telemetry>,
+    /// Under what.
+    pub labels: TcpLabels,
+}
+
+impl Counted {
+    fn open(&self) -> OpenConnection {
+        self.telemetry.open(&self.labels)
+    }
+}
+
+/// What is held for as long as a connection is open: its charge, and its place in the metrics.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held, not read")]
+pub struct Holding {
+    charge: Charge,
+    open: Option<OpenConnection>,
 }
 
 /// Why a request got no answer from an app.
@@ -210,8 +236,8 @@ impl Apps {
         let client = match kept {
             Some(client) => client,
             None => match connect(key, connect_timeout).await {
-                Ok((stream, charge)) => {
-                    Client::with(stream, Some(charge), Arc::clone(&self.shared.limits))
+                Ok((stream, holding)) => {
+                    Client::with(stream, Some(holding), Arc::clone(&self.shared.limits))
                 }
                 Err(error) => return Err(AppError::Connect(error, Some(Box::new(request)))),
             },
@@ -354,7 +380,7 @@ fn count_down(counts: &mut HashMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) 
     }
 }
 
-async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Charge), ProxyError> {
+async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Holding), ProxyError> {
     let opening = async {
         match key.from {
             Some(from) => deliver::to_app(&key.pod, from, key.to).await,
@@ -362,7 +388,11 @@ async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Charge), 
         }
     };
     match timeout(within, opening).await {
-        Ok(delivered) => Ok(delivered?.into_stream()),
+        Ok(delivered) => {
+            let (stream, charge) = delivered?.into_stream();
+            let open = key.counted.as_ref().map(Counted::open);
+            Ok((stream, Holding { charge, open }))
+        }
         Err(_late) => Err(ProxyError::ConnectTimeout),
     }
 }

@@ -166,6 +166,8 @@ async fn outside(
         from: None,
         to,
         version: request.version(),
+        // At the caller's node its own connection is counted.
+        counted: None,
     };
     let sent = caller
         .worker

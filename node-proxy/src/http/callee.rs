@@ -13,7 +13,7 @@ use mesh_api::errors::ProxyError;
 use mesh_api::names::CLIENT_ID_HEADER;
 
 use super::answer::{is_grpc, refusal, retry_after};
-use super::apps::{AppError, AppKey};
+use super::apps::{AppError, AppKey, Counted};
 use super::body::{Body, BodyError, ExchangeError};
 use super::h1::{self, SendError, remove_hop_by_hop};
 use super::story::{self, Story};
@@ -24,7 +24,7 @@ use crate::budget::Resource;
 use crate::pods::Pod;
 use crate::table::ServicePort;
 use crate::telemetry::http::RequestLabels;
-use crate::telemetry::{Party, Reporter, Security};
+use crate::telemetry::{Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
 const CLIENT_ID: HeaderName = HeaderName::from_static(CLIENT_ID_HEADER);
@@ -152,6 +152,16 @@ async fn send(
         from: Some(call.source),
         to: call.target,
         version: request.version(),
+        counted: Some(Counted {
+            telemetry: Arc::clone(&worker.context.telemetry),
+            labels: TcpLabels {
+                reporter: Reporter::Destination,
+                source: call.caller.clone(),
+                destination: Party::meshed(&pod.info.load().owner, &pod.identity),
+                service: call.service.as_ref().map(|port| Arc::clone(&port.label)),
+                security: call.security,
+            },
+        }),
     };
     for _ in 0..RESENDS {
         let again = request.method().is_idempotent();

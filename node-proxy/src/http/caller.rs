@@ -8,7 +8,7 @@
 //! One level only (GEP-1294): a backend's own routes are not looked at; its balancing, limits and retry budget are.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use http::header::{HeaderMap, UPGRADE};
@@ -33,7 +33,7 @@ use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
 use crate::table::ServicePort;
 use crate::telemetry::http::{MeterCache, RequestLabels};
-use crate::telemetry::{Party, Reporter, Security};
+use crate::telemetry::{OpenConnection, Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
 mod plan;
@@ -65,6 +65,8 @@ pub struct Session {
     target: Target,
     v6: bool,
     meters: Mutex<MeterCache>,
+    /// Its place in the TCP metrics, under what its first request with an answer was.
+    open: OnceLock<OpenConnection>,
 }
 
 /// A request that goes no further.
@@ -97,6 +99,7 @@ impl Session {
             target,
             v6: destination.is_ipv6(),
             meters: Mutex::default(),
+            open: OnceLock::new(),
         }
     }
 
@@ -171,6 +174,19 @@ impl Session {
             };
             mirror::deliver(caller, v6, &backend, parts, body).await;
             drop(charge);
+        });
+    }
+
+    /// Counts the connection as established.
+    fn count(&self, labels: &RequestLabels) {
+        self.open.get_or_init(|| {
+            self.worker.context.telemetry.open(&TcpLabels {
+                reporter: labels.reporter,
+                source: labels.source.clone(),
+                destination: labels.destination.clone(),
+                service: labels.service.clone(),
+                security: labels.security,
+            })
         });
     }
 

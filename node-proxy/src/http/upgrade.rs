@@ -18,9 +18,9 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::oneshot;
 use tokio_util::io::poll_read_buf;
 
+use super::apps::Holding;
 use super::body::{Body, BodyError};
 use super::h1;
-use crate::budget::Charge;
 
 /// Extension of an answer after which the connection carries raw bytes.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl Upgraded {
             Way::Raw(raw) => {
                 let sent = Body::boxed(Incoming::new(read, ahead, None));
                 let (from_app, to_app) = raw.stream.into_split();
-                let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.charge));
+                let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.holding));
                 tokio::try_join!(write_body(sent, to_app), write_body(received, write)).map(|_| ())
             }
             Way::Stream { to, from } => {
@@ -82,7 +82,7 @@ impl Upgraded {
                 let sent = Body::boxed(Incoming {
                     from: read,
                     ahead,
-                    _charge: None,
+                    _holding: None,
                     _held: Some(held),
                 });
                 if to.send(sent).is_err() {
@@ -101,7 +101,7 @@ impl Upgraded {
 /// The app's connection as the two bodies of a stream: what it sends, and the work of writing what comes.
 pub fn split(raw: h1::Raw, incoming: Body) -> (Body, impl Future<Output = io::Result<()>>) {
     let (read, write) = raw.stream.into_split();
-    let outgoing = Body::boxed(Incoming::new(read, raw.ahead, raw.charge));
+    let outgoing = Body::boxed(Incoming::new(read, raw.ahead, raw.holding));
     (outgoing, write_body(incoming, write))
 }
 
@@ -125,17 +125,17 @@ async fn write_body(mut body: Body, mut to: OwnedWriteHalf) -> io::Result<()> {
 struct Incoming {
     from: OwnedReadHalf,
     ahead: Bytes,
-    _charge: Option<Charge>,
+    _holding: Option<Holding>,
     /// Whoever waits for the end of this.
     _held: Option<oneshot::Sender<()>>,
 }
 
 impl Incoming {
-    fn new(from: OwnedReadHalf, ahead: Bytes, charge: Option<Charge>) -> Self {
+    fn new(from: OwnedReadHalf, ahead: Bytes, holding: Option<Holding>) -> Self {
         Self {
             from,
             ahead,
-            _charge: charge,
+            _holding: holding,
             _held: None,
         }
     }

@@ -20,8 +20,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, interval, timeout};
 
-use super::{AppError, AppKey, IDLE, Key, Pool, SWEEP, State, connect};
-use crate::budget::Charge;
+use super::{AppError, AppKey, Holding, IDLE, Key, Pool, SWEEP, State, connect};
 use crate::http::body::{Body, ExchangeError, exchange};
 use crate::http::h1::remove_hop_by_hop;
 
@@ -204,24 +203,24 @@ async fn dial(
     done: watch::Sender<Option<Result<(), ProxyError>>>,
 ) {
     let opened = timeout(within, async {
-        let (stream, charge) = connect(&key, within).await?;
+        let (stream, holding) = connect(&key, within).await?;
         let (send, driving) = handshake(stream)
             .await
             .map_err(|_| ProxyError::ConnectFailed)?;
-        Ok((send, driving, charge))
+        Ok((send, driving, holding))
     });
     let opened = opened.await.unwrap_or(Err(ProxyError::ConnectTimeout));
     drop(key);
     let opened = match opened {
-        Ok((send, driving, charge)) => shelve(&pool, &shelf, Some(send))
-            .map(|connection| (connection, driving, charge))
+        Ok((send, driving, holding)) => shelve(&pool, &shelf, Some(send))
+            .map(|connection| (connection, driving, holding))
             .ok_or(ProxyError::Internal),
         Err(error) => {
             shelve(&pool, &shelf, None);
             Err(error)
         }
     };
-    let (connection, driving, charge) = match opened {
+    let (connection, driving, holding) = match opened {
         Ok(opened) => opened,
         Err(error) => {
             done.send_replace(Some(Err(error)));
@@ -230,7 +229,7 @@ async fn dial(
     };
     done.send_replace(Some(Ok(())));
     drop(done);
-    drive(driving, charge, &connection).await;
+    drive(driving, holding, &connection).await;
     connection.closed.store(true, Ordering::Relaxed);
     if let Some(pool) = pool.upgrade() {
         let mut state = pool.state.lock();
@@ -276,7 +275,7 @@ async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h
         .await
 }
 
-async fn drive(mut driving: Driving, charge: Charge, connection: &Connection) {
+async fn drive(mut driving: Driving, holding: Holding, connection: &Connection) {
     let idle = async {
         let mut ticks = interval(SWEEP);
         loop {
@@ -293,7 +292,7 @@ async fn drive(mut driving: Driving, charge: Charge, connection: &Connection) {
         _ended = &mut driving => {}
         () = idle => {}
     }
-    drop(charge);
+    drop(holding);
 }
 
 /// What an HTTP/2 app expects of a request that may have come over HTTP/1 (RFC 9113 8.2.2, 8.3.1).

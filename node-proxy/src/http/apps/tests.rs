@@ -72,6 +72,7 @@ fn key(pod: &Arc<Pod>, to: SocketAddr, version: Version) -> AppKey {
         from: None,
         to,
         version,
+        counted: None,
     }
 }
 

@@ -47,6 +47,9 @@ impl Exchange<'_> {
             let begun = Instant::now();
             let result = self.attempt(plan, to, parts.clone(), body).await;
             self.record.latency = begun.elapsed();
+            if result.is_ok() {
+                self.session.count(&self.labels);
+            }
             let (cause, failed) = match &result {
                 Ok(answered) => (answer_cause(answered, self.record.grpc), None),
                 Err(failed) => (failed.cause, Some(failed.error)),

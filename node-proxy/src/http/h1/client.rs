@@ -22,7 +22,7 @@ use super::incoming::{IncomingBody, Owner};
 use super::outgoing::{Failure, SMALL, Writer};
 use super::reader::Reader;
 use super::{Limits, Refused};
-use crate::budget::Charge;
+use crate::http::apps::Holding;
 use crate::http::body::{Body, BodyError};
 use crate::tcp;
 
@@ -41,7 +41,7 @@ pub struct Client {
     limits: Arc<Limits>,
     /// It has carried a request before.
     used: bool,
-    charge: Option<Charge>,
+    holding: Option<Holding>,
 }
 
 /// Called with the connection when an answer has ended and it can be used again.
@@ -68,8 +68,8 @@ pub struct Raw {
     pub stream: TcpStream,
     /// What was read ahead.
     pub ahead: Bytes,
-    /// What it is charged as; to be held as long as the stream.
-    pub charge: Option<Charge>,
+    /// To be held as long as the stream.
+    pub holding: Option<Holding>,
 }
 
 impl Upgraded {
@@ -116,14 +116,14 @@ impl Client {
     }
 
     /// On an open connection that is charged to a workload.
-    pub fn with(stream: TcpStream, charge: Option<Charge>, limits: Arc<Limits>) -> Self {
+    pub fn with(stream: TcpStream, holding: Option<Holding>, limits: Arc<Limits>) -> Self {
         let (read, write) = stream.into_split();
         Self {
             reader: Reader::new(read, &[]),
             writer: Writer::new(write, None),
             limits,
             used: false,
-            charge,
+            holding,
         }
     }
 
@@ -165,7 +165,7 @@ impl Client {
             mut writer,
             limits,
             used,
-            charge,
+            holding,
         } = self;
         let (head, framing) = encode_request(parts, &body);
         let (read, sent) = match framing {
@@ -188,7 +188,7 @@ impl Client {
         let returning = Returning {
             limits,
             used,
-            charge,
+            holding,
             home: home.filter(|_| head.keep_alive),
             sent,
         };
@@ -211,7 +211,7 @@ impl Client {
 pub(in crate::http::h1) struct Returning {
     limits: Arc<Limits>,
     used: bool,
-    charge: Option<Charge>,
+    holding: Option<Holding>,
     home: Option<Home>,
     sent: Sent,
 }
@@ -251,7 +251,7 @@ impl Returning {
             let raw = Raw {
                 stream: stream.ok_or(SendError::Refused(Refused::Unexpected))?,
                 ahead,
-                charge: self.charge,
+                holding: self.holding,
             };
             parts
                 .extensions
@@ -276,7 +276,7 @@ impl Returning {
         let Self {
             limits,
             used,
-            charge,
+            holding,
             home,
             sent,
         } = self;
@@ -289,7 +289,7 @@ impl Returning {
                 writer,
                 limits,
                 used,
-                charge,
+                holding,
             });
         }
     }
