@@ -50,6 +50,18 @@ pub fn answer(
     response
 }
 
+/// What ends the answer to a gRPC request that failed after its head.
+pub fn grpc_trailers(error: ProxyError) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    trailers.insert(
+        GRPC_STATUS,
+        HeaderValue::from(u16::from(error.grpc_status())),
+    );
+    trailers.insert(GRPC_MESSAGE, HeaderValue::from_static(error.hint()));
+    trailers.insert(PROXY_ERROR, HeaderValue::from_static(error.name()));
+    trailers
+}
+
 /// Says when to come again, in whole seconds, at least one.
 pub fn retry_after(response: &mut Response<Body>, wait: Duration) {
     let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);

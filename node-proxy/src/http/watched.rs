@@ -12,6 +12,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use mesh_api::errors::ProxyError;
 use tokio::time::{Sleep, sleep, sleep_until};
 
+use super::answer::grpc_trailers;
 use super::body::{Body, BodyError};
 use super::story::Story;
 use super::wire;
@@ -202,8 +203,16 @@ impl<H: Send + Unpin + 'static> http_body::Body for Watched<H> {
         if polled.is_pending()
             && let Some(error) = this.late(cx)
         {
+            let grpc = this.record.as_ref().is_some_and(|record| record.grpc);
+            this.grpc_status = Some(error.grpc_status());
+            // Whoever sends it is told to stop.
+            this.body = Body::empty();
             this.settle(Some(error));
-            return Poll::Ready(Some(Err(BodyError::Timeout)));
+            // gRPC is told in trailers, which may come at any time; all else by a reset.
+            return Poll::Ready(Some(match grpc {
+                true => Ok(Frame::trailers(grpc_trailers(error))),
+                false => Err(BodyError::Timeout),
+            }));
         }
         let mut frame = ready!(polled);
         match &mut frame {
@@ -275,5 +284,71 @@ impl http_body::Body for Counted {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::http::{Protocol, RequestLabels};
+    use crate::telemetry::{Party, Reporter, Security, Telemetry};
+
+    /// Never says anything.
+    struct Silent;
+
+    impl http_body::Body for Silent {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            Poll::Pending
+        }
+    }
+
+    fn silent(telemetry: &Telemetry, grpc: bool) -> Response<Body> {
+        let labels = RequestLabels {
+            reporter: Reporter::Source,
+            source: Party::unknown(),
+            destination: Party::unknown(),
+            service: None,
+            route: None,
+            backend: None,
+            protocol: Protocol::Grpc,
+            security: Security::Plaintext,
+        };
+        let record = Record {
+            request: telemetry.http.meter(&labels).start(&http::Method::POST),
+            error: None,
+            pick: None,
+            judged: false,
+            latency: Duration::ZERO,
+            sent: Sent::default(),
+            grpc,
+            story: None,
+        };
+        let bounds = Bounds {
+            deadline: Some(tokio::time::Instant::now() + Duration::from_secs(1)),
+            idle: None,
+        };
+        watch(Response::new(Body::boxed(Silent)), record, bounds, ())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn past_the_deadline_grpc_is_told_in_trailers_and_all_else_by_an_error() {
+        let telemetry = Telemetry::new();
+        let mut body = silent(&telemetry, true).into_body();
+        let trailers = body.frame().await.unwrap().unwrap().into_trailers();
+        assert_eq!(trailers.unwrap()["grpc-status"], "4");
+        assert!(body.frame().await.is_none());
+        let mut body = silent(&telemetry, false).into_body();
+        assert!(matches!(body.frame().await, Some(Err(BodyError::Timeout))));
+        let text = telemetry.encode();
+        assert!(
+            text.contains(r#"grpc_status="4",response_flags="request_timeout"} 1"#),
+            "{text}"
+        );
     }
 }
