@@ -11,14 +11,19 @@ use std::time::Duration;
 
 use mesh_api::errors::ProxyError;
 use mesh_api::names::{INBOUND_PORT, OUTBOUND_PORT, TUNNEL_PORT};
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
+use crate::tcp::finish_writing;
 
 /// Time to get a socket and a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long an app has to close a connection that was not used.
+const UNUSED: Duration = Duration::from_secs(10);
 
 /// A connection from inside a pod's namespace. Its socket goes back to the pod's stock when the
 /// connection has ended on both sides.
@@ -101,6 +106,20 @@ impl Delivered {
             .take()
             .expect("a delivered connection has its stream until it is recycled");
         (stream, self.charge)
+    }
+
+    /// Ends a connection on which nothing was sent: in order, since a reset would show in the app's log. One that the app
+    /// does not end in time is dropped.
+    pub async fn close_unused(mut self) {
+        let stream = self.stream();
+        if finish_writing(stream).is_err() {
+            return;
+        }
+        let mut rest = [0; 512];
+        let ending = async { while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
+        if timeout(UNUSED, ending).await.is_ok() {
+            self.recycle();
+        }
     }
 
     /// Gives the socket back for another connection. Only for one that has ended on both sides.

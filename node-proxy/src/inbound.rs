@@ -93,7 +93,9 @@ pub async fn serve(
         }
     }
     if let Some(protocol @ (Protocol::Http1 | Protocol::Http2)) = known {
-        drop(delivered);
+        if let Some(unused) = delivered {
+            worker.spawn_untracked(unused.close_unused());
+        }
         let call = Call {
             caller: flow.source,
             source: peer.ip(),

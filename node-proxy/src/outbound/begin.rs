@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use mesh_api::errors::ProxyError;
 use tokio::net::TcpStream;
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use super::{ESTABLISH_TIMEOUT, Route, establish};
 use crate::balance::Pending;
@@ -89,7 +89,7 @@ pub(super) async fn begin(
     if known.is_none() {
         match first(socket, &mut route, &mut bytes, &mut spoken.server).await? {
             First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
-                // The way that was opened for TCP is closed unused.
+                worker.spawn_untracked(route.close_unused());
                 let bytes = bytes.freeze();
                 return Ok(Begun::Http(target, Opening { protocol, bytes }));
             }
@@ -212,7 +212,30 @@ fn has_tls_route(target: &Target, pod: &Pod) -> bool {
     matches!(routes.map(|set| &**set), Some(RouteSet::Tls(_)))
 }
 
+/// How long an app has to close a connection that was not used.
+const UNUSED: Duration = Duration::from_secs(10);
+
 impl Route {
+    /// Ends a way on which nothing was sent: in order, since a reset would show in the app's log.
+    async fn close_unused(self) {
+        let ending = async {
+            match self {
+                Self::Tunnel(mut stream) => {
+                    if stream.send.send_data(Bytes::new(), true).is_err() {
+                        return;
+                    }
+                    while let Some(Ok(chunk)) = stream.receive.data().await {
+                        // The stream has gone if this fails.
+                        let _ = stream.receive.flow_control().release_capacity(chunk.len());
+                    }
+                }
+                Self::Socket { delivered, .. } => delivered.close_unused().await,
+            }
+        };
+        // One that does not end in time is reset by being dropped.
+        let _ = timeout(UNUSED, ending).await;
+    }
+
     /// Waits for the other side's first bytes. Whether they are HTTP/2's; what had to be taken to know is in `taken`.
     async fn first(&mut self, taken: &mut Bytes) -> Result<bool, ProxyError> {
         match self {
