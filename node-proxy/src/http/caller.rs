@@ -39,7 +39,7 @@ use crate::worker::Worker;
 mod plan;
 mod tries;
 
-use plan::{Goal, finish};
+use plan::{Goal, Plan, finish};
 
 /// What the original destination of a connection stands for.
 #[derive(Clone, Debug)]
@@ -243,15 +243,36 @@ impl Exchange<'_> {
     ) -> Result<(Response<Body>, Option<ProxyError>), Stop> {
         self.charge = Some(self.session.pod.account.charge(Resource::Request)?);
         let plan = self.plan(&mut parts).await?;
-        self.inject(&plan.policy).await?;
-        let now = Instant::now();
         let timeouts = &plan.policy.timeouts;
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);
         let limit = timeouts.request.into_iter().chain(own).min();
-        self.bounds.deadline = limit.map(|limit| Clock::now() + limit);
+        let begun = Clock::now();
+        self.bounds.deadline = limit.map(|limit| begun + limit);
         self.bounds.idle = timeouts.idle;
+        let answering = self.answer(&plan, parts, body);
+        let (Answer { response, error }, endpoint) = match limit {
+            None => answering.await?,
+            Some(limit) => match tokio::time::timeout_at(begun + limit, answering).await {
+                Ok(answered) => answered?,
+                Err(_late) => {
+                    self.record.latency = limit;
+                    return Err(ProxyError::RequestTimeout.into());
+                }
+            },
+        };
+        Ok((finish(&plan, response, endpoint), error))
+    }
+
+    /// All that the request's time limit is for: faults, a place in flight, copies, tries.
+    async fn answer(
+        &mut self,
+        plan: &Plan,
+        parts: Parts,
+        body: Body,
+    ) -> Result<(Answer, SocketAddr), Stop> {
+        self.inject(&plan.policy).await?;
         if let Goal::Port(port) = &plan.to {
-            port.state.request(&plan.policy, now);
+            port.state.request(&plan.policy, Instant::now());
             let limits = port.http.load_full();
             let place = port.state.admit(&limits.policy).await;
             self.permit = Some(place.map_err(|_| ProxyError::QueueFull)?);
@@ -259,31 +280,11 @@ impl Exchange<'_> {
         let mut body = self.record.sent.count(body);
         if let Some(rule) = &plan.rule {
             let chosen = plan.backend.map(|index| &rule.backends[index]);
-            let filters = [&rule.filters[..], chosen.map_or(&[], |b| &b.filters[..])];
-            let session = self.session;
-            let copying = async {
-                for list in filters {
-                    body = mirror::send(session, list, &parts, body).await;
-                }
-                body
-            };
-            // A copy is made of a body that is here: that, too, is time of the request's.
-            body = match self.bounds.deadline {
-                None => copying.await,
-                Some(deadline) => tokio::time::timeout_at(deadline, copying)
-                    .await
-                    .map_err(|_late| ProxyError::RequestTimeout)?,
-            };
+            for filters in [&rule.filters[..], chosen.map_or(&[], |b| &b.filters[..])] {
+                body = mirror::send(self.session, filters, &parts, body).await;
+            }
         }
-        let deadline = self.bounds.deadline;
-        let tries = self.tries(&plan, parts, body);
-        let (Answer { response, error }, endpoint) = match deadline {
-            None => tries.await?,
-            Some(deadline) => tokio::time::timeout_at(deadline, tries)
-                .await
-                .unwrap_or(Err(Stop::Error(ProxyError::RequestTimeout)))?,
-        };
-        Ok((finish(&plan, response, endpoint), error))
+        self.tries(plan, parts, body).await
     }
 
     async fn inject(&mut self, policy: &Policy) -> Result<(), Stop> {

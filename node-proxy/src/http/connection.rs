@@ -8,6 +8,7 @@
 //!   no new stream;
 //! - a connection that the client abuses (see the bounds below) ends; the process does not.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::Cursor;
 use std::sync::Arc;
@@ -20,9 +21,10 @@ use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, StatusCode, response};
 use http_body::Body as _;
 use mesh_api::errors::ProxyError;
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, join};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::answer::refusal;
@@ -72,7 +74,8 @@ impl Connection {
     /// Serves it until it ends.
     pub async fn serve(self: Arc<Self>, socket: TcpStream, opening: Opening) {
         match opening.protocol {
-            Protocol::Http2 => self.http2(socket, opening.bytes).await,
+            // Boxed: the larger of the two, so that HTTP/1 does not pay for it.
+            Protocol::Http2 => Box::pin(self.http2(socket, opening.bytes)).await,
             _ => self.http1(socket, opening.bytes).await,
         }
     }
@@ -81,7 +84,8 @@ impl Connection {
         let mut server = h1::Server::new(socket, begun, h1::Limits::default());
         let mut draining = self.worker.draining();
         let mut leaving = false;
-        let (interim, mut interims) = interims();
+        let interims = Interims::default();
+        let sink = interims.sink();
         loop {
             let next = tokio::select! {
                 biased;
@@ -109,12 +113,13 @@ impl Connection {
                     return;
                 }
             };
-            request.extensions_mut().insert(interim.clone());
-            let mut handling = std::pin::pin!(self.handle(request));
+            request.extensions_mut().insert(sink.clone());
+            // Boxed: what a request takes is large, and gone while the connection idles.
+            let mut handling = Box::pin(self.handle(request));
             let handled = loop {
                 tokio::select! {
                     biased;
-                    Some(head) = interims.recv() => {
+                    head = interims.next() => {
                         // A client that has gone is found below.
                         let _ = server.interim(head).await;
                     }
@@ -125,7 +130,7 @@ impl Connection {
             };
             let Some(mut response) = handled else { return };
             // What came together with the final answer; it must not wait for the next request's.
-            while let Ok(head) = interims.try_recv() {
+            while let Some(head) = interims.take() {
                 // A client that has gone is found below.
                 let _ = server.interim(head).await;
             }
@@ -194,20 +199,20 @@ impl Connection {
     async fn stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
         let (mut parts, stream) = request.into_parts();
         let body = Body::http2(stream, &parts.headers);
-        let (interim, mut interims) = interims();
-        parts.extensions.insert(interim);
+        let interims = Interims::default();
+        parts.extensions.insert(interims.sink());
         let mut handling = std::pin::pin!(self.handle(Request::from_parts(parts, body)));
         let handled = loop {
             tokio::select! {
                 biased;
-                Some(head) = interims.recv() => inform(head, &mut respond),
+                head = interims.next() => inform(head, &mut respond),
                 response = &mut handling => break Some(response),
                 // The client gave up: what is done for it ends here.
                 _reset = poll_fn(|cx| respond.poll_reset(cx)) => break None,
             }
         };
         if let Some(response) = handled {
-            while let Ok(head) = interims.try_recv() {
+            while let Some(head) = interims.take() {
                 inform(head, &mut respond);
             }
             send(response, &mut respond).await;
@@ -239,20 +244,48 @@ impl Connection {
 /// Interim answers of one request at most that wait to be passed on; more are left out.
 const INTERIMS: usize = 4;
 
-/// Where interim answers (1xx) go, and where they are passed on from.
-pub fn interims() -> (h1::OnInterim, mpsc::Receiver<response::Parts>) {
-    let (found, pass_on) = mpsc::channel(INTERIMS);
-    let found = h1::OnInterim(Arc::new(move |mut head: response::Parts| {
-        if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            // Nothing between: HTTP/2 has none (RFC 9113 8.6), and HTTP/1 ends with it.
-            return;
+/// Interim answers (1xx) on their way to the client. Holds no memory while there is none.
+#[derive(Clone, Debug, Default)]
+pub struct Interims(Arc<Waiting>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    heads: Mutex<VecDeque<response::Parts>>,
+    came: Notify,
+}
+
+impl Interims {
+    /// Where an app's go.
+    pub fn sink(&self) -> h1::OnInterim {
+        let waiting = Arc::clone(&self.0);
+        h1::OnInterim(Arc::new(move |mut head: response::Parts| {
+            let mut heads = waiting.heads.lock();
+            // Nothing stands between where protocols switch: HTTP/2 has none (RFC 9113 8.6), and HTTP/1 ends with it.
+            // What is too much is left out: a client may get any number of them, or none (RFC 9110, 15.2).
+            if head.status == StatusCode::SWITCHING_PROTOCOLS || heads.len() == INTERIMS {
+                return;
+            }
+            wire::strip(&mut head.headers);
+            h1::remove_hop_by_hop(&mut head.headers);
+            heads.push_back(head);
+            waiting.came.notify_one();
+        }))
+    }
+
+    /// The next. Cancelling it loses nothing.
+    pub async fn next(&self) -> response::Parts {
+        loop {
+            if let Some(head) = self.take() {
+                return head;
+            }
+            self.0.came.notified().await;
         }
-        wire::strip(&mut head.headers);
-        h1::remove_hop_by_hop(&mut head.headers);
-        // What does not fit is left out: a client may get any number of them, or none (RFC 9110, 15.2).
-        let _ = found.try_send(head);
-    }));
-    (found, pass_on)
+    }
+
+    /// The next, if there is one.
+    pub fn take(&self) -> Option<response::Parts> {
+        self.0.heads.lock().pop_front()
+    }
 }
 
 /// Passes an interim answer on.
@@ -260,7 +293,6 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
     let mut response = Response::new(());
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
-    h1::remove_hop_by_hop(response.headers_mut());
     // A stream that has gone is found by the final answer.
     let _ = respond.send_informational(response);
 }
@@ -268,7 +300,6 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
 /// Sends an answer on an HTTP/2 stream.
 pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
     let (mut parts, body) = response.into_parts();
-    h1::remove_hop_by_hop(&mut parts.headers);
     parts.version = http::Version::HTTP_2;
     let ended = body.is_end_stream();
     // A client that has gone needs no answer; what the body holds is given back by its drop.
@@ -284,4 +315,38 @@ fn malformed(status: StatusCode) -> Response<Body> {
     let mut response = refusal(ProxyError::MalformedRequest, false);
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what a function's future holds.
+    fn size<A, B, C, F: Future>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn an_idle_connection_holds_little() {
+        let (http1, both) = (size(Connection::http1), size(Connection::serve));
+        assert!(http1 < 4 * 1024, "HTTP/1: {http1} bytes");
+        assert!(both < 4 * 1024 + 256, "any: {both} bytes");
+    }
+
+    #[test]
+    fn interim_answers_are_stripped_bounded_and_in_order() {
+        let interims = Interims::default();
+        let h1::OnInterim(sink) = interims.sink();
+        for status in [101, 103, 100, 102, 103, 103] {
+            let head = Response::builder()
+                .status(status)
+                .header("warren-client-id", "forged")
+                .header("link", "kept");
+            sink(head.body(()).unwrap().into_parts().0);
+        }
+        let heads: Vec<_> = std::iter::from_fn(|| interims.take()).collect();
+        let statuses: Vec<u16> = heads.iter().map(|head| head.status.as_u16()).collect();
+        assert_eq!(statuses, [103, 100, 102, 103]);
+        assert!(heads.iter().all(|head| head.headers.len() == 1));
+    }
 }

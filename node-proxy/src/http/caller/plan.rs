@@ -91,7 +91,7 @@ impl Exchange<'_> {
         let token = session.and_then(|session| session.token(&parts.headers, epoch()));
         let bound = token.and_then(|token| rule.backend_with(token.endpoint));
         let applied = filter::apply_request(&rule.filters, parts, &context);
-        self.stop_at(applied, &rule.filters, origin.as_ref())?;
+        go_on(applied)?;
         let backend = match bound {
             Some(backend) => backend,
             None => match rule.choose(rand::rng().random()) {
@@ -102,7 +102,7 @@ impl Exchange<'_> {
         let index = rule.backends.iter().position(|b| std::ptr::eq(b, backend));
         origin = origin.or_else(|| filter::origin(&backend.filters, &parts.headers));
         let applied = filter::apply_request(&backend.filters, parts, &context);
-        self.stop_at(applied, &backend.filters, origin.as_ref())?;
+        go_on(applied)?;
         let to = self.backend_port(backend).await?;
         self.labels.backend = Some(Arc::clone(&to.label));
         Ok(Plan {
@@ -116,23 +116,6 @@ impl Exchange<'_> {
         })
     }
 
-    fn stop_at(
-        &mut self,
-        applied: Outcome,
-        filters: &[filter::Filter],
-        origin: Option<&HeaderValue>,
-    ) -> Result<(), Stop> {
-        let Outcome::Respond(response) = applied else {
-            return Ok(());
-        };
-        let _ = (filters, origin);
-        // A redirect or a preflight is what the user asked for, not a failure.
-        Err(Stop::Answer(
-            Box::new(response.map(|()| Body::empty())),
-            None,
-        ))
-    }
-
     async fn backend_port(&self, backend: &Backend) -> Result<Arc<ServicePort>, ProxyError> {
         if let Some(port) = backend.service_port() {
             return Ok(port);
@@ -140,6 +123,17 @@ impl Exchange<'_> {
         let table = &self.session.worker.context.table;
         let found = table.find_backend(backend, BACKEND_WAIT).await;
         found.ok_or(ProxyError::InvalidBackend)
+    }
+}
+
+/// A redirect or a preflight is what the user asked for, not a failure.
+fn go_on(applied: Outcome) -> Result<(), Stop> {
+    match applied {
+        Outcome::Continue => Ok(()),
+        Outcome::Respond(response) => {
+            let response = response.map(|()| Body::empty());
+            Err(Stop::Answer(Box::new(response), None))
+        }
     }
 }
 
@@ -173,13 +167,13 @@ fn announce(plan: &Plan, mut response: Response<Body>, endpoint: SocketAddr) -> 
     response
 }
 
-pub(super) fn persistence(plan: &Plan) -> Option<&Persistence> {
+fn persistence(plan: &Plan) -> Option<&Persistence> {
     let of_rule = plan.rule.as_ref().and_then(|rule| rule.session.as_deref());
     of_rule.or(plan.rules.session.as_deref())
 }
 
 /// Seconds since 1970.
-pub(super) fn epoch() -> u64 {
+fn epoch() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())

@@ -12,6 +12,7 @@ use crate::flow::Flow;
 use crate::http::answer::{self, is_grpc};
 use crate::http::body::Body;
 use crate::http::callee::{self, Call};
+use crate::http::connection::Interims;
 use crate::http::upgrade::{self, Upgraded};
 use crate::http::{connection, wire};
 use crate::pods::Pod;
@@ -82,19 +83,19 @@ async fn serve_request(
     let upgrade = callee::is_upgrade(&request);
     // What an upgraded connection brings follows on the stream.
     let follows = upgrade.then(|| std::mem::take(request.body_mut()));
-    let (interim, mut interims) = connection::interims();
-    request.extensions_mut().insert(interim);
+    let interims = Interims::default();
+    request.extensions_mut().insert(interims.sink());
     let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
     let response = loop {
         tokio::select! {
             biased;
-            Some(head) = interims.recv() => connection::inform(head, respond),
+            head = interims.next() => connection::inform(head, respond),
             response = &mut delivering => break response,
             // The caller gave up.
             _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
         }
     };
-    while let Ok(head) = interims.try_recv() {
+    while let Some(head) = interims.take() {
         connection::inform(head, respond);
     }
     let (mut parts, body) = response.into_parts();
