@@ -23,7 +23,7 @@ use crate::tcp::finish_writing;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an app has to close a connection that was not used.
-const UNUSED: Duration = Duration::from_secs(10);
+pub const UNUSED: Duration = Duration::from_secs(10);
 
 /// A connection from inside a pod's namespace. Its socket goes back to the pod's stock when the
 /// connection has ended on both sides.

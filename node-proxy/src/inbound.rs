@@ -15,7 +15,7 @@ use crate::authorize::{self, Plaintext};
 use crate::budget::Resource;
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
-use crate::http::callee::{self, Call};
+use crate::http::callee::Call;
 use crate::http::connection::{Connection, Role};
 use crate::http::detect::{MAX_PEEK, Protocol};
 use crate::http::opening::{self, Opening};
@@ -103,13 +103,8 @@ pub async fn serve(
             service: None,
             security: Security::Plaintext,
         };
-        let session = callee::Session {
-            call,
-            worker: Arc::clone(&worker),
-            pod: Arc::clone(&pod),
-        };
         let connection = Arc::new(Connection {
-            role: Role::Callee(session),
+            role: Role::Callee(call),
             worker: Arc::clone(&worker),
             pod: Arc::clone(&pod),
         });

@@ -208,7 +208,7 @@ async fn to_address(
             flow.destination = context
                 .table
                 .workload(to.ip())
-                .map_or_else(Party::unknown, |w| party(&w));
+                .map_or_else(Party::unknown, |w| Party::of(&w));
             flow.security = Security::Plaintext;
             let delivered = deliver::to_outside(pod, to).await?;
             Ok(Route::Socket {
@@ -217,17 +217,13 @@ async fn to_address(
             })
         }
         Path::Local(workload, callee) => {
-            flow.destination = party(&workload);
+            flow.destination = Party::of(&workload);
             flow.security = Security::MutualTls;
-            let source = flow.source_address.ip();
-            let claimed = context.table.workload(source);
-            let own = pod.info.load().addresses.contains(&source);
-            let (served, caller) = (&callee.identity, &pod.identity);
-            authorize::local(&workload, served, claimed.as_deref(), caller, own)?;
+            judge_local(context, pod, flow.source_address.ip(), &workload, &callee)?;
             to_local(context, flow, &callee, to).await
         }
         Path::Tunnel(workload, address) => {
-            flow.destination = party(&workload);
+            flow.destination = Party::of(&workload);
             flow.security = Security::MutualTls;
             let key = key(pod, &workload, address, tls::Kind::Warren);
             through_tunnel(
@@ -240,7 +236,7 @@ async fn to_address(
             .await
         }
         Path::Hbone(workload, address) => {
-            flow.destination = party(&workload);
+            flow.destination = Party::of(&workload);
             flow.security = Security::MutualTls;
             let key = key(pod, &workload, address, tls::Kind::Hbone);
             through_tunnel(
@@ -255,10 +251,6 @@ async fn to_address(
     }
 }
 
-fn party(workload: &Workload) -> Party {
-    Party::meshed(&workload.owner, &workload.identity)
-}
-
 fn key(pod: &Arc<Pod>, callee: &Workload, address: SocketAddr, kind: tls::Kind) -> Key {
     Key {
         caller: pod.identity.clone(),
@@ -267,6 +259,20 @@ fn key(pod: &Arc<Pod>, callee: &Workload, address: SocketAddr, kind: tls::Kind) 
         kind,
         source: (kind == tls::Kind::Hbone).then(|| Arc::clone(&pod.uid)),
     }
+}
+
+/// What a tunnel's server would judge: `source` must be `caller`'s, and `served` the `callee` of the table.
+pub fn judge_local(
+    context: &Context,
+    caller: &Pod,
+    source: IpAddr,
+    callee: &Workload,
+    served: &Pod,
+) -> Result<(), ProxyError> {
+    let claimed = context.table.workload(source);
+    let own = caller.info.load().addresses.contains(&source);
+    let identities = (&served.identity, &caller.identity);
+    authorize::local(callee, identities.0, claimed.as_deref(), identities.1, own)
 }
 
 /// Both halves in this process: no tunnel, and the callee's checks, budget and telemetry as on the wire.

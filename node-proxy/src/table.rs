@@ -109,6 +109,8 @@ pub struct ServicePort {
     pub state: Arc<State>,
     /// `name.namespace`, as metrics and the access log say it.
     pub label: Arc<str>,
+    /// `name.namespace:port`, as metrics say it of a route's backend.
+    pub backend: Arc<str>,
     /// `namespace/name:port`, as requests on a tunnel say it.
     pub reference: Arc<str>,
 }

@@ -96,6 +96,11 @@ impl Party {
         }
     }
 
+    /// A pod of the mesh, as the table has it.
+    pub fn of(workload: &crate::table::Workload) -> Self {
+        Self::meshed(&workload.owner, &workload.identity)
+    }
+
     /// Label value.
     pub fn workload(&self) -> &str {
         self.workload.as_deref().unwrap_or(UNKNOWN)

@@ -110,33 +110,6 @@ pub enum AppError {
     Http2(ExchangeError),
 }
 
-impl AppError {
-    /// The row of the table of errors. What an app sends that is no HTTP is its failure to be reached.
-    pub fn proxy_error(&self) -> ProxyError {
-        match self {
-            Self::Connect(error, _) => *error,
-            Self::ClosedIdle(_) | Self::Http1(_) | Self::Http2(_) => ProxyError::ConnectFailed,
-        }
-    }
-
-    /// Whether the app has certainly done nothing with the request.
-    pub fn is_unprocessed(&self) -> bool {
-        match self {
-            Self::Connect(..) => true,
-            Self::ClosedIdle(_) | Self::Http1(_) => false,
-            Self::Http2(error) => error.is_unprocessed(),
-        }
-    }
-
-    /// The request, if it can be sent again as it was.
-    pub fn into_request(self) -> Option<Request<Body>> {
-        match self {
-            Self::Connect(_, request) | Self::ClosedIdle(request) => request.map(|boxed| *boxed),
-            Self::Http1(_) | Self::Http2(_) => None,
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Pool {
     state: Mutex<State>,

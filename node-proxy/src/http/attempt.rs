@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::header::UPGRADE;
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
@@ -17,10 +17,10 @@ use super::callee::{self, Call, failure, from_app};
 use super::retry::Cause;
 use super::upgrade::{Upgraded, deferred};
 use super::wire::{self, Envelope};
-use crate::authorize;
+use crate::outbound::judge_local;
 use crate::pods::Pod;
 use crate::resolve::{self, Path};
-use crate::table::{ServicePort, Workload};
+use crate::table::ServicePort;
 use crate::telemetry::{Party, Security};
 use crate::tunnel::pool::{Dialer, Key};
 use crate::tunnel::tls;
@@ -57,6 +57,14 @@ pub struct Failed {
     pub cause: Option<Cause>,
 }
 
+impl Failed {
+    /// Before anything was sent.
+    pub fn unsent(error: ProxyError) -> Self {
+        let cause = error.retryable().then_some(Cause::ConnectFailure);
+        Self { error, cause }
+    }
+}
+
 /// The endpoint as it is told in metrics, and how it is reached.
 #[derive(Debug)]
 pub struct Way {
@@ -76,11 +84,11 @@ impl Way {
         let (party, security) = match &path {
             Path::Direct => {
                 let known = context.table.workload(to.ip());
-                let party = known.map_or_else(Party::unknown, |w| party(&w));
+                let party = known.map_or_else(Party::unknown, |w| Party::of(&w));
                 (party, Security::Plaintext)
             }
             Path::Local(workload, _) | Path::Tunnel(workload, _) | Path::Hbone(workload, _) => {
-                (party(workload), Security::MutualTls)
+                (Party::of(workload), Security::MutualTls)
             }
         };
         Ok(Self {
@@ -103,10 +111,9 @@ impl Way {
         let request = Request::from_parts(parts, body);
         match self.path {
             Path::Local(workload, pod) => {
-                judge_local(caller, &workload, &pod).map_err(|error| Failed {
-                    error,
-                    cause: error.retryable().then_some(Cause::ConnectFailure),
-                })?;
+                let (context, source) = (&caller.worker.context, caller.source.ip());
+                judge_local(context, caller.pod, source, &workload, &pod)
+                    .map_err(Failed::unsent)?;
                 let call = Call {
                     caller: caller.party.clone(),
                     source: caller.source.ip(),
@@ -115,7 +122,8 @@ impl Way {
                     security: Security::MutualTls,
                 };
                 let response = Box::pin(callee::deliver(caller.worker, &pod, &call, request)).await;
-                judge(response)
+                let error = wire::error(response.headers());
+                named(response, error)
             }
             Path::Direct => outside(caller, self.to, request, connect_timeout).await,
             Path::Tunnel(workload, address) => {
@@ -140,19 +148,6 @@ impl Way {
             }),
         }
     }
-}
-
-/// What a tunnel's server would judge.
-fn judge_local(caller: &Caller<'_>, callee: &Workload, served: &Pod) -> Result<(), ProxyError> {
-    let source = caller.source.ip();
-    let claimed = caller.worker.context.table.workload(source);
-    let own = caller.pod.info.load().addresses.contains(&source);
-    let identity = &caller.pod.identity;
-    authorize::local(callee, &served.identity, claimed.as_deref(), identity, own)
-}
-
-fn party(workload: &Workload) -> Party {
-    Party::meshed(&workload.owner, &workload.identity)
 }
 
 async fn outside(
@@ -200,23 +195,21 @@ async fn through_tunnel(
     request: Request<Body>,
     connect_timeout: Duration,
 ) -> Result<Answer, Failed> {
-    let failed = |error, cause| Failed { error, cause };
     let (mut parts, mut body) = request.into_parts();
     let connect = parts.method == Method::CONNECT;
-    let mut upgrade =
-        parts.version != Version::HTTP_2 && (connect || parts.headers.contains_key(UPGRADE));
+    let mut upgrade = wire::is_upgrade(&parts);
     if upgrade && !connect && !body.is_end_stream() {
         // The stream has no room for a body beside what follows it: the upgrade is not asked for (RFC 9110 7.8).
         parts.headers.remove(UPGRADE);
         upgrade = false;
     }
-    wire::seal(&mut parts, envelope).map_err(|error| failed(error, None))?;
+    wire::seal(&mut parts, envelope).map_err(|error| Failed { error, cause: None })?;
     let dialer = Dialer::Node(Arc::clone(&caller.worker.context.host));
     let slot = caller.worker.pool.slot(key, &dialer);
     let mut slot = tokio::time::timeout(connect_timeout, slot)
         .await
         .unwrap_or(Err(ProxyError::ConnectTimeout))
-        .map_err(|error| failed(error, error.retryable().then_some(Cause::ConnectFailure)))?;
+        .map_err(Failed::unsent)?;
     let mut client = None;
     if upgrade {
         let (known, later) = deferred();
@@ -242,33 +235,17 @@ async fn through_tunnel(
             let _ = client.send(Body::empty());
         }
     }
-    match error {
-        Some(error) => named(response, error),
-        None => Ok(Answer {
-            response,
-            error: None,
-        }),
-    }
-}
-
-/// An answer of this process's own callee half.
-fn judge(response: Response<Body>) -> Result<Answer, Failed> {
-    let named_error = response.headers().get(PROXY_ERROR_HEADER);
-    let error = named_error.map(|name| {
-        let known = name.to_str().ok().and_then(ProxyError::from_name);
-        known.unwrap_or(ProxyError::Internal)
-    });
-    match error {
-        Some(error) => named(response, error),
-        None => Ok(Answer {
-            response,
-            error: None,
-        }),
-    }
+    named(response, error)
 }
 
 /// The callee's proxy answered itself: where no app has seen the request another endpoint may do better.
-fn named(mut response: Response<Body>, error: ProxyError) -> Result<Answer, Failed> {
+fn named(mut response: Response<Body>, error: Option<ProxyError>) -> Result<Answer, Failed> {
+    let Some(error) = error else {
+        return Ok(Answer {
+            response,
+            error: None,
+        });
+    };
     let cause = match error {
         // A name that this version does not know: whether an app has seen the request is not known either.
         ProxyError::PeerRefused => None,

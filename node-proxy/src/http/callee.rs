@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::header::{HeaderName, HeaderValue, UPGRADE};
-use http::{Method, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use mesh_api::errors::ProxyError;
 use mesh_api::names::CLIENT_ID_HEADER;
 
 use super::answer::{is_grpc, refusal, retry_after};
 use super::apps::{AppError, AppKey, Counted};
 use super::body::{Body, BodyError, ExchangeError};
-use super::h1::{self, SendError, remove_hop_by_hop};
+use super::h1::{self, SendError};
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
@@ -44,29 +44,6 @@ pub struct Call {
     pub service: Option<Arc<ServicePort>>,
     /// How it came.
     pub security: Security,
-}
-
-/// Plaintext requests of one connection from outside the mesh.
-#[derive(Debug)]
-pub struct Session {
-    /// The same for all of them.
-    pub call: Call,
-    /// Whose they are.
-    pub worker: Arc<Worker>,
-    /// The pod they are for.
-    pub pod: Arc<Pod>,
-}
-
-impl Session {
-    /// Answers one request.
-    pub async fn handle(&self, mut request: Request<Body>) -> Response<Body> {
-        wire::strip(request.headers_mut());
-        let upgrade = remove_hop_by_hop(request.headers_mut());
-        if let Some(protocol) = upgrade {
-            request.headers_mut().insert(UPGRADE, protocol);
-        }
-        deliver(&self.worker, &self.pod, &self.call, request).await
-    }
 }
 
 /// Delivers a request to an app of this node; every failure is an answer that names its cause. The request's
@@ -176,12 +153,12 @@ async fn send(
 
 /// What an app may say, in a form that can go on.
 pub fn from_app(mut response: Response<Body>) -> Response<Body> {
-    wire::strip(response.headers_mut());
-    let upgrade = remove_hop_by_hop(response.headers_mut());
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS
-        && let Some(protocol) = upgrade
-    {
-        response.headers_mut().insert(UPGRADE, protocol);
+    wire::clean(response.headers_mut());
+    if !matches!(
+        response.status(),
+        StatusCode::SWITCHING_PROTOCOLS | StatusCode::UPGRADE_REQUIRED
+    ) {
+        response.headers_mut().remove(UPGRADE);
     }
     let raw = response.extensions_mut().remove::<h1::Upgraded>();
     if let Some(raw) = raw.and_then(|upgraded| upgraded.take()) {
@@ -232,10 +209,4 @@ fn limited(pod: &Pod, call: &Call) -> Result<(), (ProxyError, Duration)> {
         .of(&port.reference, now)
         .check(limit, call.caller.identity.as_ref(), now)
         .map_err(|limited| (ProxyError::RateLimited, limited.retry_after))
-}
-
-/// Whether a request asks for its connection to become something else than HTTP.
-pub fn is_upgrade<B>(request: &Request<B>) -> bool {
-    request.version() != http::Version::HTTP_2
-        && (request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE))
 }

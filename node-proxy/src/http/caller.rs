@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use http::header::{HeaderMap, UPGRADE};
+use http::header::HeaderMap;
 use http::request::Parts;
 use http::{Request, Response};
 use mesh_api::errors::ProxyError;
@@ -21,14 +21,13 @@ use tokio::time::Instant as Clock;
 use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
 use super::body::Body;
-use super::h1::remove_hop_by_hop;
 use super::limits::Permit;
 use super::policy::Policy;
 use super::route::Backend;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
-use super::{fault, mirror, protocol, wire};
+use super::{fault, mirror, protocol};
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
 use crate::table::ServicePort;
@@ -105,13 +104,7 @@ impl Session {
 
     /// Answers one request.
     pub async fn handle(&self, request: Request<Body>) -> Response<Body> {
-        let (mut parts, body) = request.into_parts();
-        wire::strip(&mut parts.headers);
-        if let Some(protocol) = remove_hop_by_hop(&mut parts.headers) {
-            parts.headers.insert(UPGRADE, protocol);
-        }
-        let grpc = is_grpc(&parts.headers);
-        let head = Request::from_parts(parts, ());
+        let grpc = is_grpc(request.headers());
         let labels = RequestLabels {
             reporter: Reporter::Source,
             source: self.party.clone(),
@@ -122,12 +115,12 @@ impl Session {
             },
             route: None,
             backend: None,
-            protocol: protocol(&head, grpc),
+            protocol: protocol(&request, grpc),
             security: Security::Plaintext,
         };
         let meter = self.meter(&labels);
         let record = Record {
-            request: meter.start(head.method()),
+            request: meter.start(request.method()),
             error: None,
             pick: None,
             judged: false,
@@ -136,7 +129,7 @@ impl Session {
             grpc,
             story: None,
         };
-        let mut parts = head.into_parts().0;
+        let (mut parts, body) = request.into_parts();
         let addresses = (self.source, self.destination);
         let story = Story::begin(&self.worker.context, &mut parts, &labels, addresses);
         let record = Record { story, ..record };
@@ -242,14 +235,14 @@ impl Exchange<'_> {
         body: Body,
     ) -> Result<(Response<Body>, Option<ProxyError>), Stop> {
         self.charge = Some(self.session.pod.account.charge(Resource::Request)?);
-        let plan = self.plan(&mut parts).await?;
+        let (plan, to) = self.plan(&mut parts).await?;
         let timeouts = &plan.policy.timeouts;
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);
         let limit = timeouts.request.into_iter().chain(own).min();
         let begun = Clock::now();
         self.bounds.deadline = limit.map(|limit| begun + limit);
         self.bounds.idle = timeouts.idle;
-        let answering = self.answer(&plan, parts, body);
+        let answering = self.answer(&plan, &to, parts, body);
         let (Answer { response, error }, endpoint) = match limit {
             None => answering.await?,
             Some(limit) => match tokio::time::timeout_at(begun + limit, answering).await {
@@ -267,24 +260,22 @@ impl Exchange<'_> {
     async fn answer(
         &mut self,
         plan: &Plan,
+        to: &Goal,
         parts: Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
         self.inject(&plan.policy).await?;
-        if let Goal::Port(port) = &plan.to {
+        if let Goal::Port(port) = to {
             port.state.request(&plan.policy, Instant::now());
             let limits = port.http.load_full();
             let place = port.state.admit(&limits.policy).await;
             self.permit = Some(place.map_err(|_| ProxyError::QueueFull)?);
         }
         let mut body = self.record.sent.count(body);
-        if let Some(rule) = &plan.rule {
-            let chosen = plan.backend.map(|index| &rule.backends[index]);
-            for filters in [&rule.filters[..], chosen.map_or(&[], |b| &b.filters[..])] {
-                body = mirror::send(self.session, filters, &parts, body).await;
-            }
+        for filters in plan.filters() {
+            body = mirror::send(self.session, filters, &parts, body).await;
         }
-        self.tries(plan, parts, body).await
+        self.tries(plan, to, parts, body).await
     }
 
     async fn inject(&mut self, policy: &Policy) -> Result<(), Stop> {

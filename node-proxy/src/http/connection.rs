@@ -42,7 +42,7 @@ pub enum Role {
     /// A meshed pod's own, at its node.
     Caller(caller::Session),
     /// Plaintext from outside the mesh, at the callee's node.
-    Callee(callee::Session),
+    Callee(callee::Call),
 }
 
 /// A connection of a pod.
@@ -219,10 +219,11 @@ impl Connection {
         }
     }
 
-    async fn handle(&self, request: Request<Body>) -> Response<Body> {
+    async fn handle(&self, mut request: Request<Body>) -> Response<Body> {
+        wire::clean(request.headers_mut());
         match &self.role {
             Role::Caller(session) => session.handle(request).await,
-            Role::Callee(session) => session.handle(request).await,
+            Role::Callee(call) => callee::deliver(&self.worker, &self.pod, call, request).await,
         }
     }
 

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
-use http::header::HeaderName;
 use mesh_api::identity::Identity;
 
 use super::limits::{InFlight, Overload, Permit};
@@ -39,8 +38,6 @@ pub struct Policy {
     pub rate_limit: Option<Arc<RateLimit>>,
     /// Failures made on purpose. Default: none.
     pub fault: Option<Fault>,
-    /// Requests of one session stay with one endpoint. Default: none.
-    pub session: Option<Session>,
 }
 
 /// What is sent again, how often, and when.
@@ -239,34 +236,6 @@ pub struct Abort {
     /// Code for gRPC requests; `None`: `status` also for them.
     pub grpc_code: Option<u32>,
 }
-
-/// Session persistence (GEP-1619).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Session {
-    /// What carries the session.
-    pub kind: SessionKind,
-    /// Its end, however much it is used. `None`: none.
-    pub absolute_timeout: Option<Duration>,
-}
-
-/// What carries a session.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SessionKind {
-    /// A cookie of that name. `permanent`: with the absolute timeout as its `Max-Age`.
-    Cookie {
-        /// Default [`SESSION_COOKIE`].
-        name: Arc<str>,
-        /// Outlives the browser's session.
-        permanent: bool,
-    },
-    /// A header of that name. Default [`SESSION_HEADER`].
-    Header(HeaderName),
-}
-
-/// Cookie of a session where the user named none.
-pub const SESSION_COOKIE: &str = "warren-session";
-/// Header of a session where the user named none. Not `warren-`: those never come from an app.
-pub const SESSION_HEADER: HeaderName = HeaderName::from_static("x-session-id");
 
 /// What is counted for a Service port. Lives on when its policy changes.
 #[derive(Debug, Default)]

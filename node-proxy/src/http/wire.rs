@@ -20,7 +20,7 @@ use http::{Method, StatusCode, Version, response};
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
 
-use super::h1::HeaderCase;
+use super::h1::{HeaderCase, remove_hop_by_hop};
 
 /// `:protocol` of an app's own CONNECT.
 pub const CONNECT_PROTOCOL: &str = "warren-connect";
@@ -162,13 +162,31 @@ pub fn seal_response(parts: &mut response::Parts) {
     }
 }
 
+/// The error that a proxy names in its own answer. One that this version does not know: [`ProxyError::PeerRefused`].
+pub fn error(headers: &HeaderMap) -> Option<ProxyError> {
+    let name = headers.get(PROXY_ERROR_HEADER)?;
+    let known = name.to_str().ok().and_then(ProxyError::from_name);
+    Some(known.unwrap_or(ProxyError::PeerRefused))
+}
+
+/// Takes what an app may not say, and what ends at this hop, off the headers of its message. An upgrade stays: the codec
+/// writes what belongs to it.
+pub fn clean(headers: &mut HeaderMap) {
+    strip(headers);
+    if let Some(protocol) = remove_hop_by_hop(headers) {
+        headers.insert(UPGRADE, protocol);
+    }
+}
+
+/// Whether a request asks for its connection to become something else than HTTP.
+pub fn is_upgrade(parts: &Parts) -> bool {
+    parts.version != Version::HTTP_2
+        && (parts.method == Method::CONNECT || parts.headers.contains_key(UPGRADE))
+}
+
 /// Takes an answer that came through a tunnel apart. The error that the callee's proxy named, if the answer is its own.
 pub fn open_response(parts: &mut response::Parts) -> Option<ProxyError> {
-    let error = parts
-        .headers
-        .get(PROXY_ERROR_HEADER)
-        .map(|value| value.to_str().ok().and_then(ProxyError::from_name))
-        .map(|named| named.unwrap_or(ProxyError::PeerRefused));
+    let error = error(&parts.headers);
     parts.version = match parts.headers.get(VERSION).map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
         Some(b"1.1") => Version::HTTP_11,

@@ -10,6 +10,7 @@ use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use super::{ESTABLISH_TIMEOUT, Route, establish};
 use crate::balance::Pending;
+use crate::deliver::UNUSED;
 use crate::flow::Flow;
 use crate::http::caller::Target;
 use crate::http::detect::{MAX_PEEK, Protocol};
@@ -212,28 +213,25 @@ fn has_tls_route(target: &Target, pod: &Pod) -> bool {
     matches!(routes.map(|set| &**set), Some(RouteSet::Tls(_)))
 }
 
-/// How long an app has to close a connection that was not used.
-const UNUSED: Duration = Duration::from_secs(10);
-
 impl Route {
     /// Ends a way on which nothing was sent: in order, since a reset would show in the app's log.
     async fn close_unused(self) {
-        let ending = async {
-            match self {
-                Self::Tunnel(mut stream) => {
-                    if stream.send.send_data(Bytes::new(), true).is_err() {
-                        return;
-                    }
+        match self {
+            Self::Socket { delivered, .. } => delivered.close_unused().await,
+            Self::Tunnel(mut stream) => {
+                if stream.send.send_data(Bytes::new(), true).is_err() {
+                    return;
+                }
+                let ending = async {
                     while let Some(Ok(chunk)) = stream.receive.data().await {
                         // The stream has gone if this fails.
                         let _ = stream.receive.flow_control().release_capacity(chunk.len());
                     }
-                }
-                Self::Socket { delivered, .. } => delivered.close_unused().await,
+                };
+                // One that does not end in time is reset by being dropped.
+                let _ = timeout(UNUSED, ending).await;
             }
-        };
-        // One that does not end in time is reset by being dropped.
-        let _ = timeout(UNUSED, ending).await;
+        }
     }
 
     /// Waits for the other side's first bytes. Whether they are HTTP/2's; what had to be taken to know is in `taken`.

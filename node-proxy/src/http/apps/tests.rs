@@ -14,6 +14,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::*;
 use crate::budget::{self, Resource};
+use crate::http::callee::failure;
 use crate::identity::{Identities, IssueError, Issuer};
 use crate::pods::PodInfo;
 use crate::stock::{self, Supply};
@@ -32,6 +33,16 @@ impl Issuer for NoIssuer {
         _csr: Vec<u8>,
     ) -> BoxFuture<'_, Result<Vec<Vec<u8>>, IssueError>> {
         Box::pin(pending())
+    }
+}
+
+/// The request that a failure brings back.
+fn request_of(error: AppError) -> Option<Request<Body>> {
+    match error {
+        AppError::Connect(_, request) | AppError::ClosedIdle(request) => {
+            request.map(|boxed| *boxed)
+        }
+        AppError::Http1(_) | AppError::Http2(_) => None,
     }
 }
 
@@ -204,7 +215,7 @@ async fn a_connection_that_ends_as_it_is_used_gives_the_request_back() {
     };
     let ((), error) = tokio::join!(app, asking);
     assert!(matches!(error, AppError::ClosedIdle(Some(_))));
-    assert_eq!(error.into_request().unwrap().uri(), "/");
+    assert_eq!(request_of(error).unwrap().uri(), "/");
     // A new connection that does the same is the app's failure.
     let app = async {
         let (mut stream, _) = listener.accept().await.unwrap();
@@ -226,9 +237,9 @@ async fn no_connection_is_an_error_of_the_table_with_the_request() {
             .send(&key(&pod, address, version), get())
             .await
             .unwrap_err();
-        assert_eq!(error.proxy_error(), ProxyError::ConnectRefused);
-        assert!(error.is_unprocessed());
-        assert!(error.into_request().is_some());
+        assert_eq!(failure(&error), ProxyError::ConnectRefused);
+        assert!(matches!(error, AppError::Connect(..)));
+        assert!(request_of(error).is_some());
     }
     assert_eq!(pod.account.used(Resource::Socket), 0);
 }
@@ -241,7 +252,7 @@ async fn a_connection_comes_in_time_or_not_at_all() {
     let to = "127.0.0.1:1".parse().unwrap();
     for (version, seconds) in [(Version::HTTP_11, 2), (Version::HTTP_2, 4)] {
         let error = apps.send(&key(&pod, to, version), get()).await.unwrap_err();
-        assert_eq!(error.proxy_error(), ProxyError::ConnectTimeout);
+        assert_eq!(failure(&error), ProxyError::ConnectTimeout);
         assert_eq!(before.elapsed().as_secs(), seconds);
     }
 }
@@ -371,7 +382,7 @@ async fn an_http2_stream_that_is_refused_was_not_processed() {
         respond.send_reset(Reason::REFUSED_STREAM);
     };
     let (response, ()) = tokio::join!(apps.send(&key, get()), refuse);
-    assert!(response.unwrap_err().is_unprocessed());
+    assert_eq!(failure(&response.unwrap_err()), ProxyError::ConnectFailed);
 }
 
 #[tokio::test(start_paused = true)]

@@ -26,6 +26,7 @@ impl Exchange<'_> {
     pub(super) async fn tries(
         &mut self,
         plan: &Plan,
+        goal: &Goal,
         parts: Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
@@ -35,7 +36,7 @@ impl Exchange<'_> {
         let mut retries = 0;
         let mut last: Option<ProxyError> = None;
         loop {
-            let (pick, to) = match self.endpoint(plan, &parts.headers, &tried) {
+            let (pick, to) = match self.endpoint(plan, goal, &parts.headers, &tried) {
                 Some(found) => found,
                 None => return Err(last.unwrap_or(ProxyError::NoEndpoint).into()),
             };
@@ -45,7 +46,7 @@ impl Exchange<'_> {
                 return Err(last.unwrap_or(ProxyError::Internal).into());
             };
             let begun = Instant::now();
-            let result = self.attempt(plan, to, parts.clone(), body).await;
+            let result = self.attempt(plan, goal, to, parts.clone(), body).await;
             self.record.latency = begun.elapsed();
             if result.is_ok() {
                 self.session.count(&self.labels);
@@ -77,7 +78,7 @@ impl Exchange<'_> {
                 .bounds
                 .deadline
                 .is_some_and(|deadline| Clock::now() + pause >= deadline);
-            if over_deadline || !self.may_retry(plan) {
+            if over_deadline || !may_retry(plan, goal) {
                 if !over_deadline {
                     self.record.request.retry_budget_exhausted();
                 }
@@ -104,21 +105,15 @@ impl Exchange<'_> {
         }
     }
 
-    fn may_retry(&self, plan: &Plan) -> bool {
-        match &plan.to {
-            Goal::Port(port) => port.state.try_retry(&plan.policy, Instant::now()),
-            Goal::Address(_) => true,
-        }
-    }
-
     /// The next endpoint. One that failed is tried again only where there is no other.
     fn endpoint(
         &self,
         plan: &Plan,
+        goal: &Goal,
         headers: &HeaderMap,
         tried: &[SocketAddr],
     ) -> Option<(Option<Pick>, SocketAddr)> {
-        let port = match &plan.to {
+        let port = match goal {
             Goal::Address(to) => return Some((None, *to)),
             Goal::Port(port) => port,
         };
@@ -126,7 +121,7 @@ impl Exchange<'_> {
         let policy = &rules.policy.balance;
         let hash = policy.hash_key.as_ref();
         let info = self.session.pod.info.load();
-        let session = plan.session.map(|(endpoint, _began)| endpoint);
+        let session = plan.session.map(|token| token.endpoint);
         let mut context = PickContext {
             policy,
             v6: self.session.v6,
@@ -151,16 +146,14 @@ impl Exchange<'_> {
     async fn attempt(
         &mut self,
         plan: &Plan,
+        goal: &Goal,
         to: SocketAddr,
         parts: Parts,
         body: Body,
     ) -> Result<Answer, Failed> {
         let session = self.session;
         let caller = session.caller();
-        let way = Way::to(&caller, to).map_err(|error| Failed {
-            error,
-            cause: error.retryable().then_some(Cause::ConnectFailure),
-        })?;
+        let way = Way::to(&caller, to).map_err(Failed::unsent)?;
         self.labels.destination = way.party.clone();
         self.labels.security = way.security;
         self.record.request.move_to(&session.meter(&self.labels));
@@ -169,7 +162,7 @@ impl Exchange<'_> {
             story.destination = to;
         }
         let timeouts = &plan.policy.timeouts;
-        let service = match &plan.to {
+        let service = match goal {
             Goal::Port(port) => Some(port),
             Goal::Address(_) => None,
         };
@@ -229,6 +222,14 @@ impl Source {
             Self::Once(body) => body.is_some(),
             Self::Replay(replay) => replay.is_replayable(),
         }
+    }
+}
+
+/// Whether the Service's budget has a retry left; a pod that is called by its address has none.
+fn may_retry(plan: &Plan, goal: &Goal) -> bool {
+    match goal {
+        Goal::Port(port) => port.state.try_retry(&plan.policy, Instant::now()),
+        Goal::Address(_) => true,
     }
 }
 

@@ -8,7 +8,7 @@ use mesh_api::proto::mesh;
 
 use super::{
     Abort, BACKOFF_MAX, Budget, Fault, Limits, MAX_BODY_BOUND, OverBudget, Policy, Rate, RateLimit,
-    Retry, SESSION_COOKIE, SESSION_HEADER, Session, SessionKind, Timeouts, WHOLE,
+    Retry, Timeouts, WHOLE,
 };
 use crate::balance;
 use crate::http::retry::Backoff;
@@ -29,9 +29,6 @@ pub fn effective(
     ) -> Option<&'a T> {
         rule.and_then(&of).or_else(|| service.and_then(&of))
     }
-    let persistence = rule
-        .and_then(|rule| rule.session_persistence.as_ref())
-        .or_else(|| backend.and_then(|backend| backend.session_persistence.as_ref()));
     Policy {
         balance: balance_policy(
             section(rule_policy, service, |p| p.load_balancing.as_ref()),
@@ -57,7 +54,6 @@ pub fn effective(
             .and_then(|p| p.rate_limit.as_ref())
             .map(|rates| Arc::new(rate_limit(rates))),
         fault: section(rule_policy, service, |p| p.fault.as_ref()).map(fault),
-        session: persistence.map(session),
     }
 }
 
@@ -286,28 +282,6 @@ fn fault(wanted: &mesh::FaultInjection) -> Fault {
             status,
             grpc_code: wanted.abort_grpc_code,
         },
-    }
-}
-
-fn session(wanted: &mesh::SessionPersistence) -> Session {
-    let name = wanted.session_name.as_str();
-    let kind = match wanted.r#type() {
-        mesh::SessionPersistenceType::Cookie => SessionKind::Cookie {
-            name: if name.is_empty() {
-                SESSION_COOKIE
-            } else {
-                name
-            }
-            .into(),
-            permanent: wanted.permanent,
-        },
-        mesh::SessionPersistenceType::Header => {
-            SessionKind::Header(name.parse().unwrap_or(SESSION_HEADER))
-        }
-    };
-    Session {
-        kind,
-        absolute_timeout: set_millis(wanted.absolute_timeout_ms),
     }
 }
 

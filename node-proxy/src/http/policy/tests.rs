@@ -275,37 +275,6 @@ fn the_rates_of_callers() {
 }
 
 #[test]
-fn the_routes_session_wins() {
-    let session = |name: &str, kind: mesh::SessionPersistenceType| mesh::SessionPersistence {
-        session_name: name.into(),
-        r#type: kind as i32,
-        absolute_timeout_ms: 1_000,
-        permanent: true,
-    };
-    let backend = mesh::BackendTrafficPolicy {
-        session_persistence: Some(session("", mesh::SessionPersistenceType::Cookie)),
-        ..Default::default()
-    };
-    let of_service = effective(None, Some(&backend), None, None).session.unwrap();
-    assert_eq!(
-        of_service.kind,
-        SessionKind::Cookie {
-            name: SESSION_COOKIE.into(),
-            permanent: true
-        }
-    );
-    assert_eq!(of_service.absolute_timeout, Some(Duration::from_secs(1)));
-    let rule = mesh::RouteRule {
-        session_persistence: Some(session("X-Cart", mesh::SessionPersistenceType::Header)),
-        ..Default::default()
-    };
-    let of_rule = effective(None, Some(&backend), Some(&rule), None)
-        .session
-        .unwrap();
-    assert_eq!(of_rule.kind, SessionKind::Header("x-cart".parse().unwrap()));
-}
-
-#[test]
 fn absurd_durations_are_still_safe_to_add() {
     let service = mesh::TrafficPolicy {
         timeouts: Some(mesh::TimeoutPolicy {

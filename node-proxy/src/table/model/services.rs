@@ -55,12 +55,18 @@ impl Model {
                 );
                 let http = known.map_or_else(Arc::default, |p| Arc::clone(&p.http));
                 let state = known.map_or_else(Arc::default, |p| Arc::clone(&p.state));
-                let (label, reference) = match known {
-                    Some(p) => (Arc::clone(&p.label), Arc::clone(&p.reference)),
-                    None => {
-                        let reference = format!("{}/{}:{}", spec.namespace, spec.name, p.port);
-                        (Arc::clone(&label), reference.into())
-                    }
+                // The same objects for as long as the port is declared: meters are found by them.
+                let (label, backend, reference) = match known {
+                    Some(p) => (
+                        Arc::clone(&p.label),
+                        Arc::clone(&p.backend),
+                        Arc::clone(&p.reference),
+                    ),
+                    None => (
+                        Arc::clone(&label),
+                        format!("{label}:{}", p.port).into(),
+                        format!("{}/{}:{}", spec.namespace, spec.name, p.port).into(),
+                    ),
                 };
                 Arc::new(ServicePort {
                     service: service.clone(),
@@ -74,6 +80,7 @@ impl Model {
                     http,
                     state,
                     label,
+                    backend,
                     reference,
                 })
             })

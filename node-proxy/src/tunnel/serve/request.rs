@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
+use http::request::Parts;
 use http::{Method, Request, Response};
 
 use super::{Judged, Tunnel};
@@ -61,9 +62,7 @@ impl Tunnel {
                 .and_then(|reference| context.table.service_port(&reference)),
             security: Security::MutualTls,
         };
-        let request = Request::from_parts(parts, body);
-        let serving = serve_request(&self.worker, &pod, &call, request, &mut respond);
-        serving.await;
+        serve_request(&self.worker, &pod, &call, (parts, body), &mut respond).await;
         drop((charge, captured));
     }
 }
@@ -77,14 +76,14 @@ async fn serve_request(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     call: &Call,
-    mut request: Request<Body>,
+    (mut parts, mut body): (Parts, Body),
     respond: &mut SendResponse<Bytes>,
 ) {
-    let upgrade = callee::is_upgrade(&request);
     // What an upgraded connection brings follows on the stream.
-    let follows = upgrade.then(|| std::mem::take(request.body_mut()));
+    let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
     let interims = Interims::default();
-    request.extensions_mut().insert(interims.sink());
+    parts.extensions.insert(interims.sink());
+    let request = Request::from_parts(parts, body);
     let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
     let response = loop {
         tokio::select! {
