@@ -10,6 +10,7 @@ use warren_tests::lab::{Lab, PodRef};
 use warren_tests::manifest::{Pod, account, meshed_namespace, service};
 use warren_tests::routes::{CLIENT, front, http_route, wait_for_route};
 use warren_tests::scenario::{Scenario, scenario};
+use warren_tests::wait::wait_until;
 
 const OTHER: PodRef<'_> = ("demo", "other");
 const SERVERS: [PodRef<'_>; 3] = [("demo", "a"), ("demo", "b"), ("demo", "c")];
@@ -131,6 +132,26 @@ fn hashes_and_sessions() {
                 assert_eq!(answer.server(), first.server(), "GEP-1619 {kind}: {again}");
             }
         }
+
+        // The sessions of the Service that serves, where the rule has none of its own.
+        let policy = json!({
+            "apiVersion": "gateway.networking.x-k8s.io/v1alpha1", "kind": "XBackendTrafficPolicy",
+            "metadata": {"name": "web", "namespace": "demo"},
+            "spec": {"targetRefs": [{"group": "", "kind": "Service", "name": "web"}],
+                "sessionPersistence": {"sessionName": "of-service", "type": "Cookie"}}});
+        let plain = json!([{"matches": [{"path": {"type": "PathPrefix", "value": "/plain"}}],
+            "backendRefs": [{"name": "web", "port": 80}]}]);
+        lab.apply(&[policy, http_route("demo", "s-plain", "sticky", &plain)])
+            .expect_ok();
+        let cookie = wait_until("a session of the Service", Duration::from_secs(10), || {
+            let answer = curl(&lab, CLIENT, &["http://sticky/plain"]);
+            let given = answer.field("set-cookie");
+            given.ok_or_else(|| format!("{answer:?}"))
+        });
+        assert!(cookie.starts_with("of-service="), "GEP-1619: {cookie}");
+        let own = curl(&lab, CLIENT, &["http://sticky/mine"]);
+        let given = own.field("set-cookie").unwrap_or_default();
+        assert!(given.starts_with("mine="), "the rule's wins: {given}");
     });
 }
 
