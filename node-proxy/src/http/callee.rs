@@ -114,7 +114,14 @@ pub async fn deliver(
         Ok(response) => response,
         Err(error) => refuse(&mut record, error),
     };
-    watch(response, record, Bounds::default(), (charge, captured))
+    let held = (charge, captured);
+    match response.extensions().get::<Upgraded>() {
+        Some(upgraded) => {
+            upgraded.hold(held);
+            watch(response, record, Bounds::default(), ())
+        }
+        None => watch(response, record, Bounds::default(), held),
+    }
 }
 
 /// Sends it, again where the app closed a kept connection and nothing can be harmed by it.

@@ -206,7 +206,7 @@ struct Exchange<'a> {
 impl Exchange<'_> {
     async fn run(mut self, parts: Parts, body: Body) -> Response<Body> {
         let grpc = self.record.grpc;
-        let (mut response, error) = match self.carry(parts, body).await {
+        let (response, error) = match self.carry(parts, body).await {
             Ok(answered) => answered,
             Err(Stop::Error(error)) => (refusal(error, grpc), Some(error)),
             Err(Stop::Answer(response, error)) => (*response, error),
@@ -216,17 +216,14 @@ impl Exchange<'_> {
             let addresses = (self.session.source, self.session.destination);
             story::failed(&self.labels, addresses, response.status(), error);
         }
-        let upgraded = response.extensions_mut().remove::<Upgraded>();
-        let mut response = watch(
-            response,
-            self.record,
-            self.bounds,
-            (self.permit, self.charge),
-        );
-        if let Some(upgraded) = upgraded {
-            response.extensions_mut().insert(upgraded);
+        let held = (self.permit, self.charge);
+        match response.extensions().get::<Upgraded>() {
+            Some(upgraded) => {
+                upgraded.hold(held);
+                watch(response, self.record, self.bounds, ())
+            }
+            None => watch(response, self.record, self.bounds, held),
         }
-        response
     }
 
     async fn carry(

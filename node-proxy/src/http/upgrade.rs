@@ -19,12 +19,24 @@ use tokio::sync::oneshot;
 use tokio_util::io::poll_read_buf;
 
 use super::apps::Holding;
-use super::body::{Body, BodyError};
+use super::body::{Body, BodyError, Held};
 use super::h1;
 
 /// Extension of an answer after which the connection carries raw bytes.
-#[derive(Clone, Debug)]
-pub struct Upgraded(Arc<Mutex<Option<Way>>>);
+#[derive(Clone)]
+pub struct Upgraded(Arc<Mutex<Option<Open>>>);
+
+/// A way, and what is held for as long as it is used.
+struct Open {
+    way: Way,
+    held: Vec<Held>,
+}
+
+impl std::fmt::Debug for Upgraded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Upgraded")
+    }
+}
 
 /// How the bytes go on.
 #[derive(Debug)]
@@ -44,29 +56,40 @@ const CHUNK: usize = 16 * 1024;
 impl Upgraded {
     /// Over an open connection.
     pub fn raw(raw: h1::Raw) -> Self {
-        Self(Arc::new(Mutex::new(Some(Way::Raw(raw)))))
+        Self::new(Way::Raw(raw))
     }
 
     /// Over a stream: `to` takes what the client sends, `from` is what the app sends.
     pub fn stream(to: oneshot::Sender<Body>, from: Body) -> Self {
-        Self(Arc::new(Mutex::new(Some(Way::Stream { to, from }))))
+        Self::new(Way::Stream { to, from })
     }
 
-    /// The open connection, if it is one.
-    pub fn into_raw(self) -> Option<h1::Raw> {
-        let mut way = self.0.lock();
-        match way.take() {
-            Some(Way::Raw(raw)) => Some(raw),
-            other => {
-                *way = other;
-                None
-            }
+    fn new(way: Way) -> Self {
+        let held = Vec::new();
+        Self(Arc::new(Mutex::new(Some(Open { way, held }))))
+    }
+
+    /// Holds something until the connection has ended: charges, guards.
+    pub fn hold(&self, held: impl Send + Sync + 'static) {
+        if let Some(open) = &mut *self.0.lock() {
+            open.held.push(Box::new(held));
+        }
+    }
+
+    /// The open connection, if it is one, and what is to be held as long.
+    pub fn into_raw(self) -> Option<(h1::Raw, Vec<Held>)> {
+        match self.0.lock().take()? {
+            Open {
+                way: Way::Raw(raw),
+                held,
+            } => Some((raw, held)),
+            Open { .. } => None,
         }
     }
 
     /// Copies both ways until both have ended. `ahead`: what was read of the client already.
     pub async fn relay(self, client: TcpStream, ahead: Bytes) -> io::Result<()> {
-        let Some(way) = self.0.lock().take() else {
+        let Some(Open { way, held: _held }) = self.0.lock().take() else {
             return Ok(());
         };
         let (read, write) = client.into_split();
@@ -187,5 +210,45 @@ impl http_body::Body for Deferred {
                 },
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap());
+        let (client, server) = tokio::join!(client, listener.accept());
+        (client.unwrap(), server.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn what_is_held_is_held_until_both_directions_have_ended() {
+        use tokio::io::AsyncReadExt;
+        let (mut client, served) = pair().await;
+        let (proxy, mut app) = pair().await;
+        let upgraded = Upgraded::raw(h1::Raw {
+            stream: proxy,
+            ahead: Bytes::from_static(b"hello"),
+            holding: None,
+        });
+        let guard = Arc::new(());
+        upgraded.hold(Arc::clone(&guard));
+        let relaying = tokio::spawn(upgraded.relay(served, Bytes::from_static(b"early")));
+        let mut said = [0; 5];
+        client.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"hello");
+        app.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"early");
+        client.shutdown().await.unwrap();
+        assert_eq!(app.read(&mut said).await.unwrap(), 0);
+        assert_eq!(Arc::strong_count(&guard), 2, "the app may still speak");
+        app.shutdown().await.unwrap();
+        relaying.await.unwrap().unwrap();
+        assert_eq!(Arc::strong_count(&guard), 1);
     }
 }

@@ -155,10 +155,10 @@ pub fn seal_response(parts: &mut response::Parts) {
     if parts.status == StatusCode::SWITCHING_PROTOCOLS {
         // RFC 8441, section 5: the answer to an extended CONNECT is 200.
         parts.status = StatusCode::OK;
-        // Which protocol was chosen is told in the header, as HTTP/2 forbids `upgrade`.
-        if let Some(chosen) = parts.headers.remove(UPGRADE) {
-            parts.headers.insert(UPGRADED, chosen);
-        }
+    }
+    // Chosen with 101, or asked for with 426. HTTP/2 forbids `upgrade` itself.
+    if let Some(protocol) = parts.headers.remove(UPGRADE) {
+        parts.headers.insert(UPGRADED, protocol);
     }
 }
 
@@ -195,9 +195,11 @@ pub fn open_response(parts: &mut response::Parts) -> Option<ProxyError> {
     if let Some(case) = parts.headers.get(CASE).and_then(HeaderCase::decode) {
         parts.extensions.insert(case);
     }
-    if let Some(chosen) = parts.headers.remove(UPGRADED) {
-        parts.status = StatusCode::SWITCHING_PROTOCOLS;
-        parts.headers.insert(UPGRADE, chosen);
+    if let Some(protocol) = parts.headers.remove(UPGRADED) {
+        if parts.status == StatusCode::OK {
+            parts.status = StatusCode::SWITCHING_PROTOCOLS;
+        }
+        parts.headers.insert(UPGRADE, protocol);
     }
     strip(&mut parts.headers);
     error

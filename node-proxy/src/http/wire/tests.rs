@@ -73,6 +73,13 @@ fn upgrades_travel_as_extended_connect() {
     assert_eq!(open_response(&mut answer), None);
     assert_eq!(answer.status, StatusCode::SWITCHING_PROTOCOLS);
     assert_eq!(answer.headers[UPGRADE], "websocket");
+
+    answer.status = StatusCode::UPGRADE_REQUIRED;
+    seal_response(&mut answer);
+    assert!(!answer.headers.contains_key(UPGRADE), "forbidden in HTTP/2");
+    open_response(&mut answer);
+    assert_eq!(answer.status, StatusCode::UPGRADE_REQUIRED);
+    assert_eq!(answer.headers[UPGRADE], "websocket");
 }
 
 #[test]

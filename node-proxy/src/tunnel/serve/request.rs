@@ -101,7 +101,7 @@ async fn serve_request(
     let upgraded = parts.extensions.remove::<Upgraded>();
     wire::seal_response(&mut parts);
     match (upgraded.and_then(Upgraded::into_raw), follows) {
-        (Some(raw), Some(follows)) => {
+        (Some((raw, _held)), Some(follows)) => {
             // A length of what is no body; HTTP/2 would hold the stream to it.
             parts.headers.remove(http::header::CONTENT_LENGTH);
             let (sends, writing) = upgrade::split(raw, follows);
