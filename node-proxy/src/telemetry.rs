@@ -4,7 +4,7 @@
 //! construction: workloads, Services, routes and reasons, never addresses, ports or paths; and their number
 //! has a limit (see `series`).
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
@@ -115,6 +115,24 @@ impl Party {
     pub fn principal(&self) -> &str {
         self.identity.as_ref().map_or(UNKNOWN, Identity::as_str)
     }
+}
+
+/// The labels that tell whose traffic a series is about.
+fn encode_parties(
+    reporter: Reporter,
+    source: &Party,
+    destination: &Party,
+    service: Option<&str>,
+    encoder: &mut LabelSetEncoder<'_>,
+) -> fmt::Result {
+    ("reporter", reporter).encode(encoder.encode_label())?;
+    ("source_workload", source.workload()).encode(encoder.encode_label())?;
+    ("source_namespace", source.namespace()).encode(encoder.encode_label())?;
+    ("source_principal", source.principal()).encode(encoder.encode_label())?;
+    ("destination_workload", destination.workload()).encode(encoder.encode_label())?;
+    ("destination_namespace", destination.namespace()).encode(encoder.encode_label())?;
+    ("destination_principal", destination.principal()).encode(encoder.encode_label())?;
+    ("destination_service", service.unwrap_or(UNKNOWN)).encode(encoder.encode_label())
 }
 
 const UNKNOWN: &str = "unknown";

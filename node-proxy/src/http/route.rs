@@ -45,8 +45,7 @@ pub struct PortRules {
     pub policy: Arc<Policy>,
     /// Session persistence of the Service (XBackendTrafficPolicy). A rule's own goes before it.
     pub session: Option<Arc<Session>>,
-    /// A route or a policy is attached: where `appProtocol` is unset, the port is HTTP (TLS, TCP) for
-    /// that reason.
+    /// A route or a policy is attached. For the config dump.
     pub attached: bool,
 }
 
@@ -78,6 +77,7 @@ impl PortRules {
         serde_json::json!({
             "producer": self.producer.as_ref().map(names),
             "consumer": consumer,
+            "attached": self.attached,
             "policy": format!("{:?}", self.policy),
         })
     }

@@ -14,7 +14,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 
 use super::series::{Bounds, Metric, Series};
-use super::{Other, Party, Reporter, Security, UNKNOWN};
+use super::{Other, Party, Reporter, Security, encode_parties};
 
 /// Labels of the TCP series.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -40,15 +40,7 @@ impl EncodeLabelSet for TcpLabels {
             service,
             security,
         } = self;
-        ("reporter", *reporter).encode(encoder.encode_label())?;
-        ("source_workload", source.workload()).encode(encoder.encode_label())?;
-        ("source_namespace", source.namespace()).encode(encoder.encode_label())?;
-        ("source_principal", source.principal()).encode(encoder.encode_label())?;
-        ("destination_workload", destination.workload()).encode(encoder.encode_label())?;
-        ("destination_namespace", destination.namespace()).encode(encoder.encode_label())?;
-        ("destination_principal", destination.principal()).encode(encoder.encode_label())?;
-        ("destination_service", service.as_deref().unwrap_or(UNKNOWN))
-            .encode(encoder.encode_label())?;
+        encode_parties(*reporter, source, destination, service.as_deref(), encoder)?;
         ("security", *security).encode(encoder.encode_label())
     }
 }

@@ -17,7 +17,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use super::{
     HttpTelemetry, MethodClass, OutcomeKey, Protocol, RequestLabels, Totals, TotalsLabels,
 };
-use crate::telemetry::{Other, Reporter, UNKNOWN};
+use crate::telemetry::{Other, Reporter, UNKNOWN, encode_parties};
 
 impl Collector for HttpTelemetry {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
@@ -206,15 +206,7 @@ impl EncodeLabelSet for CounterLabels<'_> {
             grpc_status,
             error,
         } = self.outcome;
-        ("reporter", *reporter).encode(encoder.encode_label())?;
-        ("source_workload", source.workload()).encode(encoder.encode_label())?;
-        ("source_namespace", source.namespace()).encode(encoder.encode_label())?;
-        ("source_principal", source.principal()).encode(encoder.encode_label())?;
-        ("destination_workload", destination.workload()).encode(encoder.encode_label())?;
-        ("destination_namespace", destination.namespace()).encode(encoder.encode_label())?;
-        ("destination_principal", destination.principal()).encode(encoder.encode_label())?;
-        ("destination_service", service.as_deref().unwrap_or(UNKNOWN))
-            .encode(encoder.encode_label())?;
+        encode_parties(*reporter, source, destination, service.as_deref(), encoder)?;
         ("route", route.as_deref().unwrap_or("")).encode(encoder.encode_label())?;
         ("backend", backend.as_deref().unwrap_or("")).encode(encoder.encode_label())?;
         ("protocol", *protocol).encode(encoder.encode_label())?;
