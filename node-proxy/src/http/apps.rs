@@ -8,8 +8,8 @@
 //! - The connection that was used last is taken first, so that those not needed age and close.
 //! - A connection whose end is known is never taken; one that ends in the moment it is taken is reported as
 //!   [`AppError::ClosedIdle`], with the request where it can be sent again as it was.
-//! - What is idle is bounded by key and by pod, and closed after [`IDLE`]. Every connection is charged to
-//!   its pod from its socket on.
+//! - What is idle is bounded by pod, and closed after [`IDLE`]: there is no more of it than requests were in
+//!   flight at once. Every connection is charged to its pod from its socket on.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -39,10 +39,9 @@ mod tests;
 const IDLE: Duration = Duration::from_secs(60);
 /// How often unused connections are looked through.
 const SWEEP: Duration = Duration::from_secs(5);
-/// Unused connections kept for a key.
-const MOST_IDLE: usize = 8;
-/// Unused connections kept for a pod.
-const MOST_IDLE_OF_POD: usize = 1024;
+/// Unused connections kept for a pod. Fewer than its callers need at once would make each wave of requests
+/// open connections anew.
+const MOST_IDLE: usize = if cfg!(test) { 8 } else { 4096 };
 /// Headers of a response; apps send more than their clients.
 const MOST_RESPONSE_HEADERS: usize = 256;
 
@@ -281,7 +280,7 @@ impl Pool {
             return;
         };
         let of_pod = idle_of_pod.entry(Arc::clone(&key.pod)).or_default();
-        if shelf.idle.len() >= MOST_IDLE || *of_pod >= MOST_IDLE_OF_POD {
+        if *of_pod >= MOST_IDLE {
             return;
         }
         *of_pod += 1;
