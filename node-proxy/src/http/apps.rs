@@ -185,12 +185,12 @@ impl Apps {
 
     /// Sends a request to an app and waits for the head of the answer, without limit of time once it is
     /// connected. Dropping the future, or the answer's body before its end, gives the request up.
-    pub async fn send(
+    pub fn send(
         &self,
         key: &AppKey,
         request: Request<Body>,
-    ) -> Result<Response<Body>, AppError> {
-        self.send_within(key, request, self.connect_timeout).await
+    ) -> impl Future<Output = Result<Response<Body>, AppError>> {
+        self.send_within(key, request, self.connect_timeout)
     }
 
     /// As [`Apps::send`], with another connect timeout.
@@ -201,13 +201,13 @@ impl Apps {
         connect_timeout: Duration,
     ) -> Result<Response<Body>, AppError> {
         if key.version == Version::HTTP_2 {
-            return h2c::send(&self.shared, key, request, connect_timeout).await;
+            return Box::pin(h2c::send(&self.shared, key, request, connect_timeout)).await;
         }
         let shelf = Key::from(key);
         let (kept, home) = self.shared.take(&shelf);
         let client = match kept {
             Some(client) => client,
-            None => match connect(key, connect_timeout).await {
+            None => match Box::pin(connect(key, connect_timeout)).await {
                 Ok((stream, holding)) => {
                     Client::with(stream, Some(holding), Arc::clone(&self.shared.limits))
                 }

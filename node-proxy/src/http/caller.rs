@@ -22,7 +22,7 @@ use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
 use super::body::Body;
 use super::limits::Permit;
-use super::policy::Policy;
+use super::policy::Fault;
 use super::route::Backend;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
@@ -67,6 +67,9 @@ pub struct Session {
     /// Its place in the TCP metrics, under what its first request with an answer was.
     open: OnceLock<OpenConnection>,
 }
+
+/// An answer, and why it is a proxy's own.
+type Answered = (Response<Body>, Option<ProxyError>);
 
 /// A request that goes no further.
 enum Stop {
@@ -133,7 +136,7 @@ impl Session {
         let addresses = (self.source, self.destination);
         let story = Story::begin(&self.worker.context, &mut parts, &labels, addresses);
         let record = Record { story, ..record };
-        let exchange = Exchange {
+        let mut exchange = Exchange {
             session: self,
             labels,
             record,
@@ -141,7 +144,8 @@ impl Session {
             permit: None,
             charge: None,
         };
-        exchange.run(parts, body).await
+        let carried = exchange.carry(parts, body).await;
+        exchange.finish(carried)
     }
 
     fn meter(&self, labels: &RequestLabels) -> Arc<crate::telemetry::http::RequestMeter> {
@@ -204,9 +208,9 @@ struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    async fn run(mut self, parts: Parts, body: Body) -> Response<Body> {
+    fn finish(mut self, carried: Result<Answered, Stop>) -> Response<Body> {
         let grpc = self.record.grpc;
-        let (response, error) = match self.carry(parts, body).await {
+        let (response, error) = match carried {
             Ok(answered) => answered,
             Err(Stop::Error(error)) => (refusal(error, grpc), Some(error)),
             Err(Stop::Answer(response, error)) => (*response, error),
@@ -226,11 +230,7 @@ impl Exchange<'_> {
         }
     }
 
-    async fn carry(
-        &mut self,
-        mut parts: Parts,
-        body: Body,
-    ) -> Result<(Response<Body>, Option<ProxyError>), Stop> {
+    async fn carry(&mut self, mut parts: Parts, body: Body) -> Result<Answered, Stop> {
         self.charge = Some(self.session.pod.account.charge(Resource::Request)?);
         let (plan, to) = self.plan(&mut parts).await?;
         let timeouts = &plan.policy.timeouts;
@@ -261,7 +261,9 @@ impl Exchange<'_> {
         parts: Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
-        self.inject(&plan.policy).await?;
+        if let Some(fault) = &plan.policy.fault {
+            Box::pin(self.inject(fault)).await?;
+        }
         if let Goal::Port(port) = to {
             port.state.request(&plan.policy, Instant::now());
             let limits = port.http.load_full();
@@ -275,10 +277,7 @@ impl Exchange<'_> {
         self.tries(plan, to, parts, body).await
     }
 
-    async fn inject(&mut self, policy: &Policy) -> Result<(), Stop> {
-        let Some(fault) = &policy.fault else {
-            return Ok(());
-        };
+    async fn inject(&mut self, fault: &Fault) -> Result<(), Stop> {
         let decided = fault::decide(fault, &mut rand::rng());
         if let Some(delay) = decided.delay {
             tokio::time::sleep(delay).await;

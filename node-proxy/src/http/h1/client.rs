@@ -172,7 +172,7 @@ impl Client {
             // What fits into the socket's buffer needs nobody to read it.
             Some(framing) if body.as_full().is_none_or(|full| full.len() > SMALL) => {
                 let upload = upload(writer, head, body, framing, parts);
-                stream(&mut reader, &limits, parts, upload, progress).await?
+                Box::pin(stream(&mut reader, &limits, parts, upload, progress)).await?
             }
             framing => {
                 let framing = framing.unwrap_or(Framing::Length(0));
