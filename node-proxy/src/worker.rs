@@ -123,7 +123,8 @@ struct Home {
 impl Worker {
     /// Runs a connection on this worker; counted until it ends.
     pub fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.spawn_on(connection, &self.handle);
+        // Boxed: a task is moved several times until it lies where it runs.
+        self.tasks.spawn_on(Box::pin(connection), &self.handle);
     }
 
     /// Runs something that a drain does not wait for.

@@ -84,7 +84,7 @@ async fn serve_request(
     let interims = Interims::default();
     parts.extensions.insert(interims.sink());
     let request = Request::from_parts(parts, body);
-    let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
+    let mut delivering = Box::pin(callee::deliver(worker, pod, call, request));
     let response = loop {
         tokio::select! {
             biased;
