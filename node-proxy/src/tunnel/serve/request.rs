@@ -59,7 +59,7 @@ impl Tunnel {
             target: envelope.target,
             service: envelope
                 .service
-                .and_then(|reference| context.table.service_port(&reference)),
+                .and_then(|reference| context.table.service_port(envelope.target, &reference)),
             security: Security::MutualTls,
         };
         serve_request(&self.worker, &pod, &call, (parts, body), &mut respond).await;
