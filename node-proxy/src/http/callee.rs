@@ -16,7 +16,7 @@ use super::answer::{is_grpc, refusal, retry_after};
 use super::apps::{AppError, AppKey, Counted};
 use super::body::{Body, BodyError, ExchangeError};
 use super::h1::{self, SendError};
-use super::limits::RateLimiter;
+use super::limits::{RateLimiter, charge_head};
 use super::policy::RateLimit;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
@@ -93,7 +93,8 @@ pub async fn deliver(
         }
         response
     };
-    let charge = match pod.account.charge(Resource::Request) {
+    let charge = pod.account.charge(Resource::Request);
+    let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, request.headers())?))) {
         Ok(charge) => charge,
         Err(error) => {
             let response = refuse(&mut record, error);
@@ -204,6 +205,7 @@ pub fn of_request_body(error: &BodyError) -> ProxyError {
         BodyError::TooLarge => ProxyError::BodyTooLarge,
         BodyError::Framing => ProxyError::MalformedRequest,
         BodyError::Timeout => ProxyError::SlowRequest,
+        BodyError::Limit => ProxyError::WorkloadLimit,
         _ => ProxyError::Cancelled,
     }
 }

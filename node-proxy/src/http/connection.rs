@@ -33,6 +33,7 @@ use super::detect::Protocol;
 use super::opening::Opening;
 use super::upgrade::Upgraded;
 use super::{callee, caller, h1, wire};
+use crate::budget::Account;
 use crate::pods::Pod;
 use crate::worker::Worker;
 
@@ -81,7 +82,8 @@ impl Connection {
     }
 
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
-        let mut server = h1::Server::new(socket, begun, h1::Limits::default());
+        let mut server =
+            h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
         let mut draining = self.worker.draining();
         let mut leaving = false;
         let interims = Interims::default();
@@ -144,7 +146,7 @@ impl Connection {
                 Ok(h1::Reuse::No) => return server.close().await,
                 Ok(h1::Reuse::Raw) => {
                     if let (Some((socket, ahead)), Some(upgraded)) = (server.into_raw(), upgraded)
-                        && let Err(error) = upgraded.relay(socket, ahead).await
+                        && let Err(error) = upgraded.relay(socket, ahead, &self.pod.account).await
                     {
                         tracing::debug!(pod = %self.pod.uid, %error, "upgraded connection ended");
                     }
@@ -215,7 +217,7 @@ impl Connection {
             while let Some(head) = interims.take() {
                 inform(head, &mut respond);
             }
-            send(response, &mut respond).await;
+            send(response, &mut respond, Some(&self.pod.account)).await;
         }
     }
 
@@ -298,8 +300,12 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
     let _ = respond.send_informational(response);
 }
 
-/// Sends an answer on an HTTP/2 stream.
-pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
+/// Sends an answer on an HTTP/2 stream. What waits for the client is charged to `account`.
+pub async fn send(
+    response: Response<Body>,
+    respond: &mut SendResponse<Bytes>,
+    account: Option<&Arc<Account>>,
+) {
     let (mut parts, body) = response.into_parts();
     parts.version = http::Version::HTTP_2;
     let ended = body.is_end_stream();
@@ -307,7 +313,7 @@ pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
     let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), ended) else {
         return;
     };
-    if !ended && let Err(error) = pump(body, &mut stream).await {
+    if !ended && let Err(error) = pump(body, &mut stream, account).await {
         tracing::debug!(%error, "answer not sent to its end");
     }
 }

@@ -59,15 +59,18 @@ async fn into_tunnel(
     loop {
         to.reserve_capacity(FULL_FRAME);
         if to.capacity() == 0 {
-            // The stream's buffer is full: that much is held for a tunnel that does not drain.
-            buffered.add(super::SEND_BUFFER).map_err(Broken::Limit)?;
+            // The window or the stream's buffer is used up. How much of it waits here HTTP/2 does not tell: no more than
+            // the buffer, nor than was ever sent.
+            let sent = usize::try_from(count.get()).unwrap_or(usize::MAX);
+            let held = sent.min(super::SEND_BUFFER);
+            buffered.add(held).map_err(Broken::Limit)?;
             while to.capacity() == 0 {
                 match poll_fn(|cx| to.poll_capacity(cx)).await {
                     Some(Ok(_)) => {}
                     Some(Err(_)) | None => return Err(Broken::Stream),
                 }
             }
-            buffered.release(super::SEND_BUFFER);
+            buffered.release(held);
         }
         let limit = to.capacity().min(FULL_FRAME);
         let chunk = poll_fn(|cx| {

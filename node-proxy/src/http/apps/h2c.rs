@@ -141,7 +141,13 @@ pub(super) async fn send(
             Ok(mut ready) => {
                 let request = for_http2(request);
                 let connection = Arc::clone(&place.0);
-                let sent = exchange(&mut ready, request, Some(Box::new(place))).await;
+                let sent = exchange(
+                    &mut ready,
+                    request,
+                    Some(Box::new(place)),
+                    Arc::clone(&key.pod.account),
+                )
+                .await;
                 if let Err(ExchangeError::Connection(_) | ExchangeError::Unusable(_)) = &sent {
                     connection.closed.store(true, Ordering::Relaxed);
                 }
