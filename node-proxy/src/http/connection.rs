@@ -35,6 +35,7 @@ use super::upgrade::Upgraded;
 use super::{callee, caller, h1, wire};
 use crate::budget::Account;
 use crate::pods::Pod;
+use crate::turns::Paced;
 use crate::worker::Worker;
 
 /// What the requests of a connection are.
@@ -109,7 +110,7 @@ impl Connection {
                     self.malformed(&error);
                     if let Some(status) = error.status() {
                         // Who sent this need not hear the answer.
-                        let _ = server.respond(malformed(status)).await;
+                        let _ = server.respond(refused(&error, status)).await;
                         server.close().await;
                     }
                     return;
@@ -162,7 +163,7 @@ impl Connection {
 
     async fn http2(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let (reader, writer) = socket.into_split();
-        let io = join(Cursor::new(begun).chain(reader), writer);
+        let io = Paced::new(join(Cursor::new(begun).chain(reader), writer));
         let handshake = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -185,7 +186,8 @@ impl Connection {
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
                         let own = Arc::clone(&self);
-                        self.worker.spawn(async move { own.stream(request, respond).await });
+                        let serving = async move { own.stream(request, respond).await };
+                        self.worker.spawn(Arc::clone(&self.pod.turns).take(serving));
                     }
                     Some(Err(error)) => return self.broken(&error),
                     None => return,
@@ -231,7 +233,7 @@ impl Connection {
 
     fn malformed(&self, error: &h1::Error) {
         tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 request refused");
-        if error.status().is_some() {
+        if error.status().is_some() && !is_limit(error) {
             self.pod.account.malformed(error.reason());
         }
     }
@@ -318,10 +320,17 @@ pub async fn send(
     }
 }
 
-fn malformed(status: StatusCode) -> Response<Body> {
+fn refused(error: &h1::Error, status: StatusCode) -> Response<Body> {
+    if is_limit(error) {
+        return refusal(ProxyError::WorkloadLimit, false);
+    }
     let mut response = refusal(ProxyError::MalformedRequest, false);
     *response.status_mut() = status;
     response
+}
+
+fn is_limit(error: &h1::Error) -> bool {
+    matches!(error, h1::Error::Refused(h1::Refused::Limit))
 }
 
 #[cfg(test)]

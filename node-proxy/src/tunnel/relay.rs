@@ -20,6 +20,7 @@ use super::{ABORT, FULL_FRAME};
 use crate::budget::Charge;
 use crate::tcp::{Broken, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
+use crate::turns::pause;
 
 /// A read of at least this size is a bulk transfer: the next one goes straight into memory that HTTP/2
 /// sends from, which saves a copy and costs a large allocation.
@@ -111,14 +112,17 @@ async fn out_of_tunnel(
     count: &Meter,
     buffered: &mut Charge,
 ) -> Result<(), Broken> {
+    let mut done = 0;
     while let Some(chunk) = from.data().await {
         let chunk = chunk.map_err(|_| Broken::Stream)?;
         count.add(chunk.len());
+        done += chunk.len();
         let written = write_some(to, &chunk)?;
         release(from, written)?;
         if written < chunk.len() {
             write_backlog(from, to, chunk.slice(written..), count, buffered).await?;
         }
+        pause(&mut done).await;
     }
     Ok(finish_writing(to)?)
 }

@@ -23,6 +23,7 @@ use tokio::time::{Instant, interval, timeout};
 use super::{AppError, AppKey, Holding, IDLE, Key, Pool, SWEEP, State, connect};
 use crate::http::body::{Body, ExchangeError, exchange};
 use crate::http::h1::remove_hop_by_hop;
+use crate::turns::Paced;
 
 /// Windows of a stream and of a connection: what a caller that does not read can make the proxy hold.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -268,7 +269,7 @@ fn shelve(
     Some(connection)
 }
 
-type Driving = h2::client::Connection<TcpStream, Bytes>;
+type Driving = h2::client::Connection<Paced<TcpStream>, Bytes>;
 
 async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h2::Error> {
     h2::client::Builder::new()
@@ -277,7 +278,7 @@ async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h
         .max_header_list_size(MAX_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
-        .handshake(stream)
+        .handshake(Paced::new(stream))
         .await
 }
 
