@@ -202,11 +202,25 @@ impl Charge {
         Ok(())
     }
 
+    /// Charges this much instead. On [`ProxyError::WorkloadLimit`] what was charged stays.
+    pub fn resize(&mut self, amount: usize) -> Result<(), ProxyError> {
+        if amount > self.amount {
+            return self.add(amount - self.amount);
+        }
+        self.release(self.amount - amount);
+        Ok(())
+    }
+
     /// Gives back a part; at most what was charged.
     pub fn release(&mut self, amount: usize) {
         let amount = amount.min(self.amount);
         self.amount -= amount;
         self.account.used[self.resource as usize].fetch_sub(amount, Ordering::Relaxed);
+    }
+
+    /// Whose it is.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     /// What this guard holds.

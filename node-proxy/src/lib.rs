@@ -28,4 +28,5 @@ pub mod table;
 pub mod tcp;
 pub mod telemetry;
 pub mod tunnel;
+pub mod turns;
 pub mod worker;

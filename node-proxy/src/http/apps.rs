@@ -26,7 +26,7 @@ use tokio::time::{Instant, interval, timeout};
 use self::h2c::Shared;
 use super::body::{Body, ExchangeError};
 use super::h1::{Client, FailedSend, Home, Limits, SendError};
-use crate::budget::Charge;
+use crate::budget::{Account, Charge};
 use crate::deliver;
 use crate::pods::Pod;
 use crate::telemetry::{OpenConnection, TcpLabels, Telemetry};
@@ -84,10 +84,17 @@ impl Counted {
 
 /// What is held for as long as a connection is open: its charge, and its place in the metrics.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held, not read")]
 pub struct Holding {
     charge: Charge,
+    #[expect(dead_code, reason = "held, not read")]
     open: Option<OpenConnection>,
+}
+
+impl Holding {
+    /// Whom the connection is charged to.
+    pub fn account(&self) -> &Arc<Account> {
+        self.charge.account()
+    }
 }
 
 /// Why a request got no answer from an app.

@@ -219,7 +219,13 @@ async fn through_tunnel(
     }
     let mut send = slot.take_sender();
     let request = Request::from_parts(parts, body);
-    let exchanged = exchange(&mut send, request, Some(Box::new(slot))).await;
+    let exchanged = exchange(
+        &mut send,
+        request,
+        Some(Box::new(slot)),
+        Arc::clone(&caller.pod.account),
+    )
+    .await;
     let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
     let error = wire::open_response(&mut parts);
     let mut response = Response::from_parts(parts, body);

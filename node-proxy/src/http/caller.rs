@@ -21,7 +21,7 @@ use tokio::time::Instant as Clock;
 use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
 use super::body::Body;
-use super::limits::Permit;
+use super::limits::{Permit, charge_head};
 use super::policy::Fault;
 use super::route::Backend;
 use super::story::{self, Story};
@@ -204,7 +204,8 @@ struct Exchange<'a> {
     record: Record,
     bounds: Bounds,
     permit: Option<Permit>,
-    charge: Option<Charge>,
+    /// The request, and its head if that is large.
+    charge: Option<(Charge, Option<Charge>)>,
 }
 
 impl Exchange<'_> {
@@ -231,7 +232,9 @@ impl Exchange<'_> {
     }
 
     async fn carry(&mut self, mut parts: Parts, body: Body) -> Result<Answered, Stop> {
-        self.charge = Some(self.session.pod.account.charge(Resource::Request)?);
+        let account = &self.session.pod.account;
+        let charge = account.charge(Resource::Request)?;
+        self.charge = Some((charge, charge_head(account, &parts.headers)?));
         let (plan, to) = self.plan(&mut parts).await?;
         let timeouts = &plan.policy.timeouts;
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);

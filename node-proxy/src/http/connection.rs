@@ -33,7 +33,9 @@ use super::detect::Protocol;
 use super::opening::Opening;
 use super::upgrade::Upgraded;
 use super::{callee, caller, h1, wire};
+use crate::budget::Account;
 use crate::pods::Pod;
+use crate::turns::Paced;
 use crate::worker::Worker;
 
 /// What the requests of a connection are.
@@ -81,7 +83,8 @@ impl Connection {
     }
 
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
-        let mut server = h1::Server::new(socket, begun, h1::Limits::default());
+        let mut server =
+            h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
         let mut draining = self.worker.draining();
         let mut leaving = false;
         let interims = Interims::default();
@@ -107,7 +110,7 @@ impl Connection {
                     self.malformed(&error);
                     if let Some(status) = error.status() {
                         // Who sent this need not hear the answer.
-                        let _ = server.respond(malformed(status)).await;
+                        let _ = server.respond(refused(&error, status)).await;
                         server.close().await;
                     }
                     return;
@@ -144,7 +147,7 @@ impl Connection {
                 Ok(h1::Reuse::No) => return server.close().await,
                 Ok(h1::Reuse::Raw) => {
                     if let (Some((socket, ahead)), Some(upgraded)) = (server.into_raw(), upgraded)
-                        && let Err(error) = upgraded.relay(socket, ahead).await
+                        && let Err(error) = upgraded.relay(socket, ahead, &self.pod.account).await
                     {
                         tracing::debug!(pod = %self.pod.uid, %error, "upgraded connection ended");
                     }
@@ -160,7 +163,7 @@ impl Connection {
 
     async fn http2(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let (reader, writer) = socket.into_split();
-        let io = join(Cursor::new(begun).chain(reader), writer);
+        let io = Paced::new(join(Cursor::new(begun).chain(reader), writer));
         let handshake = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -183,7 +186,8 @@ impl Connection {
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
                         let own = Arc::clone(&self);
-                        self.worker.spawn(async move { own.stream(request, respond).await });
+                        let serving = async move { own.stream(request, respond).await };
+                        self.worker.spawn(Arc::clone(&self.pod.turns).take(serving));
                     }
                     Some(Err(error)) => return self.broken(&error),
                     None => return,
@@ -215,7 +219,7 @@ impl Connection {
             while let Some(head) = interims.take() {
                 inform(head, &mut respond);
             }
-            send(response, &mut respond).await;
+            send(response, &mut respond, Some(&self.pod.account)).await;
         }
     }
 
@@ -229,7 +233,7 @@ impl Connection {
 
     fn malformed(&self, error: &h1::Error) {
         tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 request refused");
-        if error.status().is_some() {
+        if error.status().is_some() && !is_limit(error) {
             self.pod.account.malformed(error.reason());
         }
     }
@@ -298,8 +302,12 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
     let _ = respond.send_informational(response);
 }
 
-/// Sends an answer on an HTTP/2 stream.
-pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
+/// Sends an answer on an HTTP/2 stream. What waits for the client is charged to `account`.
+pub async fn send(
+    response: Response<Body>,
+    respond: &mut SendResponse<Bytes>,
+    account: Option<&Arc<Account>>,
+) {
     let (mut parts, body) = response.into_parts();
     parts.version = http::Version::HTTP_2;
     let ended = body.is_end_stream();
@@ -307,15 +315,22 @@ pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
     let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), ended) else {
         return;
     };
-    if !ended && let Err(error) = pump(body, &mut stream).await {
+    if !ended && let Err(error) = pump(body, &mut stream, account).await {
         tracing::debug!(%error, "answer not sent to its end");
     }
 }
 
-fn malformed(status: StatusCode) -> Response<Body> {
+fn refused(error: &h1::Error, status: StatusCode) -> Response<Body> {
+    if is_limit(error) {
+        return refusal(ProxyError::WorkloadLimit, false);
+    }
     let mut response = refusal(ProxyError::MalformedRequest, false);
     *response.status_mut() = status;
     response
+}
+
+fn is_limit(error: &h1::Error) -> bool {
+    matches!(error, h1::Error::Refused(h1::Refused::Limit))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use prost::Message;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-const CHECK: &str = "/grpc.health.v1.Health/Check";
+pub(super) const CHECK: &str = "/grpc.health.v1.Health/Check";
 /// A health check names a service; nothing longer passes.
 const MAX_MESSAGE: usize = 1024;
 

@@ -118,9 +118,10 @@ impl Client {
     /// On an open connection that is charged to a workload.
     pub fn with(stream: TcpStream, holding: Option<Holding>, limits: Arc<Limits>) -> Self {
         let (read, write) = stream.into_split();
+        let account = holding.as_ref().map(|h| Arc::clone(h.account()));
         Self {
             reader: Reader::new(read, &[]),
-            writer: Writer::new(write, None),
+            writer: Writer::new(write, None, account),
             limits,
             used: false,
             holding,
