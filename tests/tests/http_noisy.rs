@@ -21,8 +21,6 @@ const MESHED: &str = "demo";
 const DIRECT: &str = "plain";
 /// The quiet workload's p99, as a multiple of what it is without the mesh.
 const MOST: f64 = 2.0;
-/// Threads of each proxy.
-const WORKERS: u32 = 2;
 /// Medians of so many rounds are compared.
 const ROUNDS: usize = 3;
 /// Of the proxies' configuration, for each pod.
@@ -206,11 +204,7 @@ fn lab(s: &Scenario, quiet: &CpuGroup, noisy: &CpuGroup) -> Lab {
     let limits = json!({"limits": {"connections": CONNECTIONS, "requests": REQUESTS,
         "bufferedBytes": BUFFERED_KIB << 10}});
     let file = s.file("proxy.yaml", &limits.to_string());
-    let workers = WORKERS.to_string();
-    let config = format!("proxy={}", file.display());
-    let args = ["--workers", &workers, "--config", &config]
-        .map(str::to_owned)
-        .to_vec();
+    let args = vec!["--config".into(), format!("proxy={}", file.display())];
     let options = Options {
         args,
         ..Options::default()
