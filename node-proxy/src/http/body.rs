@@ -8,11 +8,13 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, header};
 use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::timeout;
 
 use super::h1::IncomingBody;
 
@@ -328,14 +330,21 @@ pub enum PumpError {
     /// The receiver reset the stream.
     #[error("the receiver reset the stream: {0}")]
     Reset(Reason),
+    /// The receiver gave no window for too long.
+    #[error("the receiver does not read")]
+    Stalled,
     /// The connection of the stream failed.
     #[error("the stream failed: {0}")]
     Stream(h2::Error),
 }
 
 /// Sends a body to its end, no faster than the receiver takes it. The last data ends the stream where it is
-/// known to be the last.
-pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), PumpError> {
+/// known to be the last. `stall`: how long the receiver may leave data without window; `None`: for ever.
+pub async fn pump(
+    mut body: Body,
+    to: &mut SendStream<Bytes>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     let result = async {
         loop {
             if body.is_end_stream() {
@@ -359,7 +368,7 @@ pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), Pump
             match frame.map_err(PumpError::Body)?.into_data() {
                 Ok(data) => {
                     let last = body.is_end_stream();
-                    send(data, last, to).await?;
+                    send(data, last, to, stall).await?;
                     if last {
                         return Ok(());
                     }
@@ -376,18 +385,30 @@ pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), Pump
     if let Err(error) = &result {
         to.send_reset(match error {
             PumpError::Body(error) => error.reason(),
-            PumpError::Reset(_) | PumpError::Stream(_) => Reason::CANCEL,
+            PumpError::Reset(_) | PumpError::Stalled | PumpError::Stream(_) => Reason::CANCEL,
         });
     }
     result
 }
 
 /// Sends data as the window allows.
-async fn send(mut data: Bytes, last: bool, to: &mut SendStream<Bytes>) -> Result<(), PumpError> {
+async fn send(
+    mut data: Bytes,
+    last: bool,
+    to: &mut SendStream<Bytes>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     while !data.is_empty() {
         to.reserve_capacity(data.len());
         if to.capacity() == 0 {
-            match poll_fn(|cx| to.poll_capacity(cx)).await {
+            let window = poll_fn(|cx| to.poll_capacity(cx));
+            let window = match stall {
+                Some(stall) => timeout(stall, window)
+                    .await
+                    .map_err(|_late| PumpError::Stalled)?,
+                None => window.await,
+            };
+            match window {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(stream_error(error)),
                 None => return Err(PumpError::Reset(Reason::CANCEL)),

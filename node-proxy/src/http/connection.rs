@@ -28,8 +28,9 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::answer::refusal;
-use super::body::{Body, pump};
+use super::body::{Body, PumpError, pump};
 use super::detect::Protocol;
+use super::frames::{Abuse, Frames, STALL, Seen};
 use super::opening::Opening;
 use super::upgrade::Upgraded;
 use super::{callee, caller, h1, wire};
@@ -151,7 +152,7 @@ impl Connection {
                     return;
                 }
                 Err(error) => {
-                    tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 connection ended");
+                    self.malformed(&error);
                     return;
                 }
             }
@@ -160,7 +161,9 @@ impl Connection {
 
     async fn http2(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let (reader, writer) = socket.into_split();
+        let seen = Arc::new(Seen::default());
         let io = join(Cursor::new(begun).chain(reader), writer);
+        let io = Frames::of_client(io, Arc::clone(&seen));
         let handshake = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -173,26 +176,36 @@ impl Connection {
             .handshake(io);
         let mut connection = match timeout(HANDSHAKE, handshake).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return self.broken(&error),
+            Ok(Err(error)) => return self.broken(&error, &seen),
             Err(_late) => return,
         };
         let mut draining = self.worker.draining();
         let mut leaving = false;
-        loop {
+        let mut requests = 0;
+        let in_order = loop {
             tokio::select! {
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
+                        requests += 1;
                         let own = Arc::clone(&self);
                         self.worker.spawn(async move { own.stream(request, respond).await });
                     }
-                    Some(Err(error)) => return self.broken(&error),
-                    None => return,
+                    Some(Err(error)) => {
+                        self.broken(&error, &seen);
+                        break !error.is_io();
+                    }
+                    None => break true,
                 },
                 _ = draining.wait_for(|draining| *draining), if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
                 }
             }
+        };
+        // Of one that was cut, or told to go, some streams may just not have been looked at.
+        if in_order && !leaving {
+            let refused = seen.streams().saturating_sub(requests);
+            self.pod.account.malformed("stream", refused);
         }
     }
 
@@ -215,7 +228,10 @@ impl Connection {
             while let Some(head) = interims.take() {
                 inform(head, &mut respond);
             }
-            send(response, &mut respond).await;
+            let sent = send_within(response, &mut respond, Some(STALL)).await;
+            if let Err(PumpError::Stalled) = sent {
+                self.pod.account.malformed(Abuse::Stalled.name(), 1);
+            }
         }
     }
 
@@ -228,16 +244,18 @@ impl Connection {
     }
 
     fn malformed(&self, error: &h1::Error) {
-        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 request refused");
-        if error.status().is_some() {
-            self.pod.account.malformed(error.reason());
+        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 connection ended");
+        if error.status().is_some() || matches!(error, h1::Error::Stalled) {
+            self.pod.account.malformed(error.reason(), 1);
         }
     }
 
-    fn broken(&self, error: &h2::Error) {
+    fn broken(&self, error: &h2::Error, seen: &Seen) {
         tracing::debug!(pod = %self.pod.uid, %error, "HTTP/2 connection ended");
-        if !error.is_io() {
-            self.pod.account.malformed("http2");
+        match seen.abuse() {
+            Some(abuse) => self.pod.account.malformed(abuse.name(), 1),
+            None if error.is_io() => {}
+            None => self.pod.account.malformed("http2", 1),
         }
     }
 }
@@ -300,16 +318,29 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
 
 /// Sends an answer on an HTTP/2 stream.
 pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
+    // Who reset the stream, or whose body failed, is told there.
+    let _ = send_within(response, respond, None).await;
+}
+
+/// As [`send`]. `stall`: how long the receiver may leave data without window.
+async fn send_within(
+    response: Response<Body>,
+    respond: &mut SendResponse<Bytes>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     let (mut parts, body) = response.into_parts();
     parts.version = http::Version::HTTP_2;
     let ended = body.is_end_stream();
     // A client that has gone needs no answer; what the body holds is given back by its drop.
     let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), ended) else {
-        return;
+        return Ok(());
     };
-    if !ended && let Err(error) = pump(body, &mut stream).await {
-        tracing::debug!(%error, "answer not sent to its end");
+    if ended {
+        return Ok(());
     }
+    pump(body, &mut stream, stall)
+        .await
+        .inspect_err(|error| tracing::debug!(%error, "answer not sent to its end"))
 }
 
 fn malformed(status: StatusCode) -> Response<Body> {

@@ -72,7 +72,7 @@ pub async fn exchange(
     let (mut response, mut stream) = send
         .send_request(request, ended)
         .map_err(ExchangeError::Unusable)?;
-    let mut upload = (!ended).then(|| Box::pin(async move { pump(body, &mut stream).await }));
+    let mut upload = (!ended).then(|| Box::pin(async move { pump(body, &mut stream, None).await }));
     let head = poll_fn(|cx| {
         loop {
             match response.poll_informational(cx) {
