@@ -153,9 +153,11 @@ impl Account {
         self.refused[resource as usize].load(Ordering::Relaxed)
     }
 
-    /// Counts bytes of the pod that were no valid HTTP, by reason.
-    pub fn malformed(&self, reason: &'static str) {
-        *self.malformed.lock().entry(reason).or_default() += 1;
+    /// Counts what the pod sent that was no valid HTTP, or an attack, by reason.
+    pub fn malformed(&self, reason: &'static str, times: u64) {
+        if times > 0 {
+            *self.malformed.lock().entry(reason).or_default() += times;
+        }
     }
 
     /// How often bytes of the pod were no valid HTTP, by reason.

@@ -201,7 +201,8 @@ fn lab(s: &Scenario, quiet: &CpuGroup, noisy: &CpuGroup) -> Lab {
             ]);
         }
     }
-    let limits = json!({"limits": {"connections": CONNECTIONS, "requests": REQUESTS,
+    // The log of the lab is off unless a user asks for it.
+    let limits = json!({"accessLog": "off", "limits": {"connections": CONNECTIONS, "requests": REQUESTS,
         "bufferedBytes": BUFFERED_KIB << 10}});
     let file = s.file("proxy.yaml", &limits.to_string());
     let args = vec!["--config".into(), format!("proxy={}", file.display())];

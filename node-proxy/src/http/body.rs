@@ -15,7 +15,7 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, header};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::h1::IncomingBody;
 use crate::budget::{Account, Resource};
@@ -431,17 +431,22 @@ pub enum PumpError {
     /// The receiver reset the stream.
     #[error("the receiver reset the stream: {0}")]
     Reset(Reason),
+    /// The receiver gave no window for too long.
+    #[error("the receiver does not read")]
+    Stalled,
     /// The connection of the stream failed.
     #[error("the stream failed: {0}")]
     Stream(h2::Error),
 }
 
-/// Sends a body to its end, no faster than the receiver takes it; what waits for it is charged to `account`. The last data ends the stream where it is
-/// known to be the last.
+/// Sends a body to its end, no faster than the receiver takes it; what waits for it is charged to `account`. The last
+/// data ends the stream where it is known to be the last. `stall`: how long the receiver may leave data without
+/// window; `None`: for ever.
 pub async fn pump(
     mut body: Body,
     to: &mut SendStream<Bytes>,
     account: Option<&Arc<Account>>,
+    stall: Option<Duration>,
 ) -> Result<(), PumpError> {
     let result = async {
         loop {
@@ -466,7 +471,7 @@ pub async fn pump(
             match frame.map_err(PumpError::Body)?.into_data() {
                 Ok(data) => {
                     let last = body.is_end_stream();
-                    send(data, last, to, &mut body, account).await?;
+                    send(data, last, to, &mut body, account, stall).await?;
                     if last {
                         return Ok(());
                     }
@@ -483,7 +488,7 @@ pub async fn pump(
     if let Err(error) = &result {
         to.send_reset(match error {
             PumpError::Body(error) => error.reason(),
-            PumpError::Reset(_) | PumpError::Stream(_) => Reason::CANCEL,
+            PumpError::Reset(_) | PumpError::Stalled | PumpError::Stream(_) => Reason::CANCEL,
         });
     }
     result
@@ -496,13 +501,20 @@ async fn send(
     to: &mut SendStream<Bytes>,
     body: &mut Body,
     account: Option<&Arc<Account>>,
+    stall: Option<Duration>,
 ) -> Result<(), PumpError> {
     while !data.is_empty() {
         to.reserve_capacity(data.len());
         if to.capacity() == 0 {
             let capacity = poll_fn(|cx| to.poll_capacity(cx));
             let held = body.hold(account, data.len(), capacity);
-            match held.await.map_err(PumpError::Body)? {
+            let held = match stall {
+                Some(stall) => timeout(stall, held)
+                    .await
+                    .map_err(|_late| PumpError::Stalled)?,
+                None => held.await,
+            };
+            match held.map_err(PumpError::Body)? {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(stream_error(error)),
                 None => return Err(PumpError::Reset(Reason::CANCEL)),

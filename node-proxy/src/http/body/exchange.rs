@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::{Body, BodyError, PumpError, pump};
 use crate::budget::Account;
+use crate::http::frames::STALL;
 use crate::http::h1::OnInterim;
 
 /// What is held until the answer has ended: a place on the connection, a charge.
@@ -75,8 +76,9 @@ pub async fn exchange(
     let (mut response, mut stream) = send
         .send_request(request, ended)
         .map_err(ExchangeError::Unusable)?;
-    let mut upload =
-        (!ended).then(|| Box::pin(async move { pump(body, &mut stream, Some(&account)).await }));
+    let mut upload = (!ended).then(|| {
+        Box::pin(async move { pump(body, &mut stream, Some(&account), Some(STALL)).await })
+    });
     let head = poll_fn(|cx| {
         loop {
             match response.poll_informational(cx) {

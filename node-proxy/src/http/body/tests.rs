@@ -104,7 +104,7 @@ async fn a_body_larger_than_the_window_goes_through_both_ways() {
         let mut to = respond.send_response(Response::new(()), false).unwrap();
         let body = Body::http2(stream, &parts.headers);
         assert_eq!(body.size_hint().exact(), None);
-        pump(body, &mut to, None).await.unwrap();
+        pump(body, &mut to, None, None).await.unwrap();
     };
     let large: Vec<_> = (0..50)
         .map(|_| {
@@ -143,7 +143,7 @@ async fn the_last_data_ends_the_stream() {
         let mut to = respond
             .send_response(response.body(()).unwrap(), false)
             .unwrap();
-        pump(Body::full("ok"), &mut to, None).await.unwrap();
+        pump(Body::full("ok"), &mut to, None, None).await.unwrap();
     };
     let asking = async {
         let response = exchange(&mut send, post(Body::full("abc")), None, account())
@@ -169,7 +169,7 @@ async fn a_reset_is_heard_on_either_side() {
         let frames =
             futures::stream::unfold(fed, |mut fed| async { Some((fed.recv().await?, fed)) });
         let body = Body::boxed(http_body_util::StreamBody::new(frames));
-        let error = pump(body, &mut to, None).await.unwrap_err();
+        let error = pump(body, &mut to, None, None).await.unwrap_err();
         assert!(matches!(error, PumpError::Body(BodyError::Truncated)));
     };
     let asking = async {
@@ -196,7 +196,7 @@ async fn a_reset_is_heard_on_either_side() {
         let never = Body::boxed(http_body_util::StreamBody::new(futures::stream::pending::<
             Result<Frame<Bytes>, BodyError>,
         >()));
-        pump(never, &mut to, None).await.unwrap_err()
+        pump(never, &mut to, None, None).await.unwrap_err()
     };
     let asking = async {
         let response = exchange(&mut send, post(Body::empty()), None, account())
@@ -206,6 +206,31 @@ async fn a_reset_is_heard_on_either_side() {
     };
     let (error, ()) = tokio::join!(serving, asking);
     assert!(matches!(error, PumpError::Reset(Reason::CANCEL)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receiver_that_gives_no_window_is_left() {
+    let stall = std::time::Duration::from_secs(300);
+    let (mut send, mut requests) = connected(10).await;
+    let serving = async {
+        let (_request, mut respond) = requests.recv().await.unwrap();
+        let mut to = respond.send_response(Response::new(()), false).unwrap();
+        pump(Body::full("eleven bytes"), &mut to, None, Some(stall)).await
+    };
+    let asking = async {
+        let began = tokio::time::Instant::now();
+        let response = exchange(&mut send, post(Body::empty()), None, account()).await;
+        let mut body = response.unwrap().into_body();
+        let data = body.frame().await.unwrap().unwrap();
+        assert_eq!(data.into_data().unwrap(), "eleven byt");
+        // What was handed out is held: no window for the rest until more is asked for.
+        tokio::time::sleep(stall * 2).await;
+        let failed = body.frame().await.unwrap();
+        assert!(matches!(failed, Err(BodyError::Reset(Reason::CANCEL))));
+        began.elapsed()
+    };
+    let (sent, _) = tokio::join!(serving, asking);
+    assert!(matches!(sent, Err(PumpError::Stalled)), "{sent:?}");
 }
 
 #[tokio::test]

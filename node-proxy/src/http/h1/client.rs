@@ -121,7 +121,7 @@ impl Client {
         let account = holding.as_ref().map(|h| Arc::clone(h.account()));
         Self {
             reader: Reader::new(read, &[]),
-            writer: Writer::new(write, None, account),
+            writer: Writer::new(write, Some(limits.body_idle), account),
             limits,
             used: false,
             holding,
