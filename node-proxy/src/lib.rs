@@ -11,6 +11,8 @@ pub mod connections;
 pub mod deliver;
 pub mod discovery;
 pub mod flow;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod health;
 pub mod http;
 pub mod identity;

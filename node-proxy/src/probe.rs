@@ -15,7 +15,7 @@ use crate::deliver;
 use crate::pods::{Pod, PodInfo, ProbeKind};
 use crate::tcp::{self, finish_writing, with_scratch, write_some};
 
-mod grpc;
+pub(crate) mod grpc;
 
 /// A probe that takes longer has failed at the kubelet long before.
 const TIMEOUT: Duration = Duration::from_secs(60);

@@ -33,6 +33,8 @@ use crate::http::route::{Backend, PortRules};
 
 mod decode;
 mod demand;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod log;
 mod model;
 mod target;

@@ -35,6 +35,8 @@ use crate::telemetry::http::{MeterCache, RequestLabels};
 use crate::telemetry::{OpenConnection, Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod plan;
 mod tries;
 
@@ -299,7 +301,7 @@ impl Exchange<'_> {
 fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 {
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
     let amount: u64 = digits.parse().ok()?;
@@ -328,7 +330,7 @@ mod tests {
         assert_eq!(of("250m"), Some(Duration::from_millis(250)));
         assert_eq!(of("2S"), Some(Duration::from_secs(2)));
         assert_eq!(of("1H"), Some(Duration::from_secs(3600)));
-        for bad in ["", "S", "1", "1x", "123456789S", "-1S", "1é"] {
+        for bad in ["", "S", "1", "1x", "123456789S", "-1S", "+1S", "1é"] {
             assert_eq!(of(bad), None, "{bad}");
         }
     }

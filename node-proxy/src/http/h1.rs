@@ -21,6 +21,8 @@ mod case;
 mod chunked;
 mod client;
 mod encode;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod head;
 mod hop;
 mod incoming;
