@@ -54,6 +54,7 @@ pub(crate) fn request(bytes: &[u8]) {
     if before.method == Method::CONNECT {
         // It cannot become two things; the tunnel it asks for goes first.
         wanted.remove(UPGRADE);
+        parts.headers.remove(UPGRADE);
     }
     if upgrade {
         wanted.remove(CONTENT_LENGTH);
