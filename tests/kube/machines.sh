@@ -68,9 +68,10 @@ pods() { echo "$net.${1#node-}.0/24"; }
 
 # on MACHINE COMMAND...: in the machine's network, but with this host's files and processes
 on() {
-  local machine=$1
+  local pid
+  pid=$(pid "$1")
   shift
-  nsenter -t "$(pid "$machine")" --net -- "$@"
+  nsenter -t "$pid" --net -- "$@"
 }
 
 # --- cgroups ---

@@ -22,7 +22,11 @@ $bin/kube-apiserver --etcd-servers http://127.0.0.1:2379 --advertise-address $ap
   --service-account-issuer https://kubernetes.default.svc --service-account-signing-key-file $pki/sa.key \\
   --service-account-key-file $pki/sa.pub --service-cluster-ip-range $net.128.0/20 \\
   --kubelet-client-certificate $pki/kubelet-client.crt --kubelet-client-key $pki/kubelet-client.key \\
-  --kubelet-preferred-address-types InternalIP --profiling=false
+  --kubelet-preferred-address-types InternalIP --profiling=false \\
+  --proxy-client-cert-file $pki/front-proxy.crt --proxy-client-key-file $pki/front-proxy.key \\
+  --requestheader-client-ca-file $pki/ca.crt --requestheader-allowed-names front-proxy \\
+  --requestheader-username-headers X-Remote-User --requestheader-group-headers X-Remote-Group \\
+  --requestheader-extra-headers-prefix X-Remote-Extra-
 END
   for component in kube-controller-manager kube-scheduler; do kubeconfig "$pki/$component.conf" $component; done
   service control-plane kube-controller-manager <<END
@@ -120,6 +124,7 @@ certificates() {
     "IP:$api,IP:$net.128.1,IP:127.0.0.1,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local"
   certificate admin /O=system:masters/CN=admin
   certificate kubelet-client /O=system:masters/CN=kube-apiserver-kubelet-client
+  certificate front-proxy /CN=front-proxy
   local component
   for component in kube-controller-manager kube-scheduler kube-proxy; do certificate $component "/CN=system:$component"; done
 }
