@@ -17,7 +17,8 @@ machine_up() {
 
 lan_up() {
   local node
-  on control-plane ip link add lan type bridge
+  # With a hardware address of its own; otherwise it takes a port's, and another one when ports come and go.
+  on control-plane ip link add lan address 02:00:00:00:00:10 type bridge
   on control-plane ip address add "$api/24" dev lan
   on control-plane ip link set lan up
   ip link del "$prefix" 2>/dev/null || true # left by a control plane that was rebooted; so are the nodes' ends
