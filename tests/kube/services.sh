@@ -90,7 +90,6 @@ evictionHard: { memory.available: "0%", nodefs.available: "0%", nodefs.inodesFre
 volumePluginDir: /var/lib/kubelet/volume-plugins
 nodeStatusUpdateFrequency: 5s
 syncFrequency: 10s
-shutdownGracePeriod: 0s
 END
   write "$node" $conf/kube-proxy.yaml <<END
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
