@@ -3,10 +3,15 @@
 # The control plane's network has a bridge, `lan`, to which every node and this host are plugged in.
 
 machine_up() {
-  local dir=$machines/$1
+  local dir=$machines/$1 fd
   mkdir -p "$dir"/{services,log,run,disk}
   mkfifo "$dir/start"
   (
+    # It outlives the caller, whose locks and pipes it must not hold.
+    for fd in /proc/self/fd/*; do
+      fd=${fd##*/}
+      if ((fd > 2)); then eval "exec $fd>&-"; fi
+    done
     enter_cgroup "$1"
     exec setsid unshare --net --mount --pid --fork --ipc --uts --cgroup -- "$here/machine-init" "$dir" "$1"
   ) </dev/null >>"$dir/log/machine.log" 2>&1 &
