@@ -44,6 +44,11 @@ test-long: ## soaks, scale and the whole bench (root; an hour or two on an idle 
 	WARREN_TEST_LONG=1 cargo test --release -p warren-tests -- --test-threads=1
 	$(MAKE) bench
 
+test-kube: ## on a real Kubernetes cluster of this machine (root; the first time 15 minutes to build it)
+	@scripts/install-deps.sh build lab kube
+	cargo build --release $(PROGRAMS)
+	tests/kube/run-tests
+
 bench: ## side by side: direct, Warren, Envoy; table on the screen, JSON in target/bench/ (root)
 	@scripts/install-deps.sh build lab bench
 	cargo build --profile dist $(PROGRAMS)
@@ -75,4 +80,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke fuzz fuzz-smoke deny doc
+.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-micro bench-smoke fuzz fuzz-smoke deny doc

