@@ -22,7 +22,7 @@ use mesh_api::proto::mesh::{
 
 pub use annotations::{Exclusions, FieldMistake, mesh_label, mode_label, tunnel_annotation};
 pub use pod::{Pod, ProbeMistake, probe_mistakes};
-pub use status::{Condition, ObjectStatus, ParentStatus};
+pub use status::{Condition, ObjectStatus, ParentStatus, Warning};
 
 use crate::providers::Objects;
 
@@ -59,7 +59,7 @@ pub struct Model {
     /// What is to be said of routes and policies, in force or not.
     pub statuses: Vec<ObjectStatus>,
     /// What in the objects could not be used, for the log.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
 }
 
 /// Builds the model.
@@ -167,14 +167,20 @@ fn namespace_defaults(
     objects: &Objects,
     name: &str,
     settings: &Settings,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> NamespaceDefaults {
     let labels = objects
         .namespaces
         .get(name)
         .and_then(|n| n.metadata.labels.as_ref());
     let label = |key: &str| labels.and_then(|l| l.get(key)).map(String::as_str);
-    let mut warn = |mistake: FieldMistake| warnings.push(format!("Namespace {name}: {mistake}"));
+    let mut warn = |mistake: FieldMistake| {
+        let warning = Warning::new("Namespace", "", name, mistake.to_string());
+        // Every pod asks.
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    };
     let opted_in = label(MESH_LABEL).map_or(Ok(false), mesh_label);
     let mode = label(MODE_LABEL).map_or(Ok(settings.mode), mode_label);
     NamespaceDefaults {
