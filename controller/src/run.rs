@@ -103,7 +103,11 @@ enum Provider {
 
 /// The running parts, by name.
 #[derive(Debug, Default)]
-struct Parts(JoinSet<&'static str>);
+struct Parts {
+    running: JoinSet<&'static str>,
+    /// Those that end when they are told to, and have something to finish.
+    ending: Vec<&'static str>,
+}
 
 /// What parts share.
 #[derive(Clone)]
@@ -198,7 +202,7 @@ impl Controller {
             tokens,
             tls,
         };
-        parts.add("gRPC server", async move {
+        parts.add_ending("gRPC server", async move {
             if let Err(error) = serve::serve(listener, services, stopping).await {
                 tracing::error!("gRPC server: {error}");
             }
@@ -254,7 +258,7 @@ impl Controller {
 
     /// Waits for a part to end, which none should.
     pub async fn failed(&mut self) -> RunError {
-        match self.parts.0.join_next().await {
+        match self.parts.running.join_next().await {
             Some(Ok(part)) => RunError::Part(part.into()),
             Some(Err(error)) => RunError::Part(format!("a part of the controller ({error})")),
             None => RunError::Part("every part".into()),
@@ -265,24 +269,33 @@ impl Controller {
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         let drained = async {
-            while let Some(ended) = self.parts.0.join_next().await {
-                if matches!(ended, Ok("gRPC server")) {
-                    break;
+            let mut ending = std::mem::take(&mut self.parts.ending);
+            while !ending.is_empty() {
+                match self.parts.running.join_next().await {
+                    Some(Ok(ended)) => ending.retain(|name| *name != ended),
+                    Some(Err(_)) => {}
+                    None => break,
                 }
             }
         };
         // A client that reads nothing must not keep us.
         let _ = tokio::time::timeout(STOP_WAIT, drained).await;
-        self.parts.0.shutdown().await;
+        self.parts.running.shutdown().await;
     }
 }
 
 impl Parts {
     fn add(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
-        self.0.spawn(async move {
+        self.running.spawn(async move {
             part.await;
             name
         });
+    }
+
+    /// One that ends when the controller is told to stop, and is waited for then.
+    fn add_ending(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        self.ending.push(name);
+        self.add(name, part);
     }
 }
 

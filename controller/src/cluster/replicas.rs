@@ -1,7 +1,8 @@
 //! What replicas tell each other: how far the nodes that each serves are.
 //!
 //! Each has a Lease of its own, `warren-controller-<replica>`, renewed every few seconds and at once when
-//! somebody may wait for what it says. It belongs to the replica's pod and goes with it.
+//! somebody may wait for what it says. It belongs to the replica's pod and goes with it. A replica that stops
+//! leaves it as it is: its nodes are on their way to another, and are waited for that long.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,12 +11,11 @@ use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{DeleteParams, Patch};
+use kube::api::Patch;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use mesh_api::names::SYSTEM_NAMESPACE;
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::as_us;
@@ -53,7 +53,7 @@ impl Replica {
     }
 
     /// Says how far the nodes are, for as long as it is polled.
-    pub async fn tell(self, hub: Arc<Hub>, mut stop: watch::Receiver<bool>) {
+    pub async fn tell(self, hub: Arc<Hub>) {
         let (mut snapshots, mut progress) = (hub.snapshots(), hub.progress());
         let mut said: Option<(u64, String, Instant)> = None;
         loop {
@@ -78,12 +78,7 @@ impl Replica {
                 _ = snapshots.changed() => {}
                 _ = progress.changed() => {}
                 () = tokio::time::sleep(RENEWAL) => {}
-                _ = stop.wait_for(|stop| *stop) => break,
             }
-        }
-        let leases = self.leases();
-        if let Err(error) = leases.delete(&self.lease(), &DeleteParams::default()).await {
-            tracing::debug!("this replica's Lease was not deleted: {error}");
         }
     }
 

@@ -22,11 +22,13 @@ use crate::providers::Objects;
 /// Sets and lifts taints, for as long as it is polled.
 pub async fn run(client: Client, hub: Arc<Hub>, leading: watch::Receiver<bool>) {
     let nodes = Api::<Node>::all(client);
-    let (mut readiness, mut snapshots) = (hub.readiness(), hub.snapshots());
+    let (mut readiness, mut snapshots) = (hub.readiness_changes(), hub.snapshots());
     loop {
-        let reported = readiness.borrow_and_update().clone();
+        readiness.borrow_and_update();
+        let reported = hub.readiness();
         snapshots.borrow_and_update();
-        for (name, ready) in to_change(&hub.objects(), &reported, *leading.borrow()) {
+        let leads = *leading.borrow();
+        for (name, ready) in to_change(&hub.objects(), &reported, leads) {
             match set(&nodes, &name, ready).await {
                 Ok(()) => {
                     let what = if ready { "is lifted" } else { "is set" };

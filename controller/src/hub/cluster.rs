@@ -153,8 +153,16 @@ impl Hub {
         failed.collect()
     }
 
-    /// What the agents of this replica's nodes said last: whether they can enrol pods.
-    pub fn readiness(&self) -> watch::Receiver<BTreeMap<String, bool>> {
+    /// What the agents that this replica serves said last: whether they can enrol pods, by node.
+    pub fn readiness(&self) -> BTreeMap<String, bool> {
+        let mut nodes = self.readiness.borrow().clone();
+        let core = self.core.lock();
+        nodes.retain(|node, _| core.fleet.has_agent(node));
+        nodes
+    }
+
+    /// Changes when an agent says something else than before.
+    pub fn readiness_changes(&self) -> watch::Receiver<BTreeMap<String, bool>> {
         self.readiness.subscribe()
     }
 

@@ -107,16 +107,10 @@ impl Following {
             "leases of other replicas",
             replica.clone().hear(hub.clone()),
         );
-        parts.add(
-            "lease of this replica",
-            until(stop.clone(), replica.tell(hub.clone(), stop.clone())),
-        );
-        parts.add(
+        parts.add("lease of this replica", replica.tell(hub.clone()));
+        parts.add_ending(
             "election",
-            until(
-                stop.clone(),
-                cluster::lease::elect(client.clone(), name.clone(), metrics, leads, stop.clone()),
-            ),
+            cluster::lease::elect(client.clone(), name.clone(), metrics, leads, stop.clone()),
         );
         let shared = reader.shared().clone();
         parts.add("status", {
@@ -163,15 +157,6 @@ async fn provide(mut reader: Reader, hub: Arc<Hub>, health: Arc<Health>) {
             .map(|(object, mistake)| format!("{object}: {mistake}"));
         *health.mistakes.lock() = told.collect();
         hub.set_read(read.objects, read.version);
-    }
-}
-
-/// A part that ends by itself when the controller stops must not count as one that failed: it rests until
-/// it is dropped.
-async fn until(stop: watch::Receiver<bool>, part: impl Future<Output = ()>) {
-    part.await;
-    if *stop.borrow() {
-        std::future::pending::<()>().await;
     }
 }
 

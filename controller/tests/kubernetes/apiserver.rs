@@ -32,13 +32,19 @@ impl ApiServer {
                 std::env::var_os("WARREN_TEST_KUBE").is_none(),
                 "etcd or kube-apiserver is missing: apt-get install etcd-server, tests/kube/build kube-apiserver"
             );
-            eprintln!("\n\n!!! SKIPPED: etcd or kube-apiserver is missing; `make test-kube` needs both !!!\n\n");
+            eprintln!(
+                "\n\n!!! SKIPPED: etcd or kube-apiserver is missing; `make test-kube` needs both !!!\n\n"
+            );
             return None;
         };
         let dir = TempDir::new().unwrap();
         let [client_port, peer_port, port] = ports();
         let etcd = etcd(&programs.0, dir.path(), client_port, peer_port);
-        std::fs::write(dir.path().join("sa.key"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        std::fs::write(
+            dir.path().join("sa.key"),
+            KeyPair::generate().unwrap().serialize_pem(),
+        )
+        .unwrap();
         std::fs::write(dir.path().join("tokens.csv"), TOKENS).unwrap();
         let ports = (client_port, port);
         let apiserver = apiserver(&programs.1, dir.path(), ports);
@@ -47,7 +53,11 @@ impl ApiServer {
         let mut tries = 0;
         while std::fs::metadata(&certificate).map_or(0, |m| m.len()) == 0 {
             tries += 1;
-            assert!(tries < 600, "kube-apiserver does not start; see its log in {:?}", dir.keep());
+            assert!(
+                tries < 600,
+                "kube-apiserver does not start; see its log in {:?}",
+                dir.keep()
+            );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         for user in ["admin", "controller"] {
@@ -55,7 +65,9 @@ impl ApiServer {
         }
         let kubeconfig = Kubeconfig::read_from(dir.path().join("admin")).unwrap();
         let options = KubeConfigOptions::default();
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap();
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+            .await
+            .unwrap();
         let client = Client::try_from(config).unwrap();
         let server = Self {
             dir,
@@ -87,19 +99,18 @@ impl ApiServer {
         let ctl = |arguments: &[&str]| {
             let endpoint = format!("--endpoints=http://127.0.0.1:{}", self.ports.0);
             let mut command = Command::new("etcdctl");
-            command.env("ETCDCTL_API", "3").arg(endpoint).args(arguments);
+            command
+                .env("ETCDCTL_API", "3")
+                .arg(endpoint)
+                .args(arguments);
             let output = command.output().unwrap();
             assert!(output.status.success(), "{output:?}");
             String::from_utf8(output.stdout).unwrap()
         };
-        let status: Value = serde_json::from_str(&ctl(&["endpoint", "status", "-w", "json"])).unwrap();
+        let status: Value =
+            serde_json::from_str(&ctl(&["endpoint", "status", "-w", "json"])).unwrap();
         let revision = status[0]["Status"]["header"]["revision"].to_string();
         ctl(&["compact", &revision]);
-    }
-
-    /// A client of an administrator.
-    pub(crate) fn client(&self) -> Client {
-        self.client.clone()
     }
 
     pub(crate) async fn get(&self, path: &str) -> Option<Value> {
@@ -135,9 +146,18 @@ impl ApiServer {
             if wanted(&value) {
                 return value;
             }
-            assert!(tokio::time::Instant::now() < last, "never came to pass: {path}: {value:#}");
+            assert!(
+                tokio::time::Instant::now() < last,
+                "never came to pass: {path}: {value:#}"
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Whether nobody is there.
+    pub(crate) async fn is_away(&self) -> bool {
+        let answer = self.request("GET", "/api/v1/namespaces", None).await;
+        !matches!(answer, Ok(_) | Err(kube::Error::Api(_)))
     }
 
     async fn request(
@@ -167,7 +187,11 @@ impl ApiServer {
             }
         };
         let ready = tokio::time::timeout(3 * PATIENCE, ready).await;
-        assert!(ready.is_ok(), "kube-apiserver is not ready; see {:?}", self.dir.path());
+        assert!(
+            ready.is_ok(),
+            "kube-apiserver is not ready; see {:?}",
+            self.dir.path()
+        );
     }
 
     /// Namespaces, and what the controller's service account may do.
@@ -180,7 +204,9 @@ impl ApiServer {
             let object: Value = serde_norway::from_str(document).unwrap();
             let plural = format!("{}s", object["kind"].as_str().unwrap().to_lowercase());
             let namespace = object["metadata"]["namespace"].as_str();
-            let within = namespace.map(|n| format!("namespaces/{n}/")).unwrap_or_default();
+            let within = namespace
+                .map(|n| format!("namespaces/{n}/"))
+                .unwrap_or_default();
             let path = format!("/apis/rbac.authorization.k8s.io/v1/{within}{plural}");
             self.post(&path, object).await;
         }
@@ -217,7 +243,9 @@ fn program(name: &str) -> Option<PathBuf> {
         None => PathBuf::from(std::env::var_os("HOME")?).join(".cache/warren-kube"),
     };
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let directories = [cache.join("bin")].into_iter().chain(std::env::split_paths(&path));
+    let directories = [cache.join("bin")]
+        .into_iter()
+        .chain(std::env::split_paths(&path));
     let mut files = directories.map(|directory| directory.join(name));
     files.find(|file| file.is_file())
 }
@@ -234,13 +262,30 @@ fn log(dir: &Path, name: &str) -> Stdio {
 }
 
 fn etcd(program: &Path, dir: &Path, client: u16, peer: u16) -> Child {
-    let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+    let (client, peer) = (
+        format!("http://127.0.0.1:{client}"),
+        format!("http://127.0.0.1:{peer}"),
+    );
     Command::new(program)
         .arg("--data-dir")
         .arg(dir.join("etcd"))
-        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-        .args(["--initial-cluster", &format!("default={peer}"), "--unsafe-no-fsync"])
+        .args([
+            "--listen-client-urls",
+            &client,
+            "--advertise-client-urls",
+            &client,
+        ])
+        .args([
+            "--listen-peer-urls",
+            &peer,
+            "--initial-advertise-peer-urls",
+            &peer,
+        ])
+        .args([
+            "--initial-cluster",
+            &format!("default={peer}"),
+            "--unsafe-no-fsync",
+        ])
         .args(["--logger", "zap", "--log-level", "warn"])
         .stderr(log(dir, "etcd.log"))
         .stdout(Stdio::null())
@@ -252,16 +297,42 @@ fn apiserver(program: &Path, dir: &Path, (etcd, port): (u16, u16)) -> Child {
     let file = |name: &str| dir.join(name).display().to_string();
     Command::new(program)
         .args(["--etcd-servers", &format!("http://127.0.0.1:{etcd}")])
-        .args(["--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1"])
-        .args(["--secure-port", &port.to_string(), "--cert-dir", &file("certs")])
-        .args(["--endpoint-reconciler-type", "none", "--authorization-mode", "RBAC"])
-        .args(["--token-auth-file", &file("tokens.csv"), "--profiling=false"])
+        .args([
+            "--bind-address",
+            "127.0.0.1",
+            "--advertise-address",
+            "127.0.0.1",
+        ])
+        .args([
+            "--secure-port",
+            &port.to_string(),
+            "--cert-dir",
+            &file("certs"),
+        ])
+        .args([
+            "--endpoint-reconciler-type",
+            "none",
+            "--authorization-mode",
+            "RBAC",
+        ])
+        .args([
+            "--token-auth-file",
+            &file("tokens.csv"),
+            "--profiling=false",
+        ])
         .args(["--service-account-issuer", "https://kubernetes.default.svc"])
         .args(["--service-account-signing-key-file", &file("sa.key")])
         .args(["--service-account-key-file", &file("sa.key")])
-        .args(["--service-cluster-ip-range", "10.96.0.0/16", "--allow-privileged"])
+        .args([
+            "--service-cluster-ip-range",
+            "10.96.0.0/16",
+            "--allow-privileged",
+        ])
         // Their controllers do not run.
-        .args(["--disable-admission-plugins", "ServiceAccount,TaintNodesByCondition"])
+        .args([
+            "--disable-admission-plugins",
+            "ServiceAccount,TaintNodesByCondition",
+        ])
         .stderr(log(dir, "apiserver.log"))
         .stdout(Stdio::null())
         .spawn()

@@ -18,19 +18,33 @@ pub(crate) const SYSTEM_PODS: &str = "/api/v1/namespaces/warren-system/pods";
 impl ApiServer {
     /// node-1 and node-2 with Warren's own pods, and the meshed namespace `demo`.
     pub(crate) async fn populate(&self) {
-        for account in ["warren-cni", "warren-node-proxy", "warren-controller", "default"] {
+        for account in [
+            "warren-cni",
+            "warren-node-proxy",
+            "warren-controller",
+            "default",
+        ] {
             let account = json!({ "metadata": { "name": account } });
-            self.post("/api/v1/namespaces/warren-system/serviceaccounts", account).await;
+            self.post("/api/v1/namespaces/warren-system/serviceaccounts", account)
+                .await;
         }
         for number in [1, 2] {
             let name = format!("node-{number}");
-            self.post("/api/v1/nodes", json!({ "metadata": { "name": name } })).await;
+            self.post("/api/v1/nodes", json!({ "metadata": { "name": name } }))
+                .await;
             let address = format!("192.0.2.{number}");
             let addresses = json!([{ "type": "InternalIP", "address": address }]);
             let status = json!({ "status": { "addresses": addresses } });
-            self.patch(&format!("/api/v1/nodes/{name}/status"), status).await;
+            self.patch(&format!("/api/v1/nodes/{name}/status"), status)
+                .await;
             for account in ["warren-cni", "warren-node-proxy"] {
-                self.pod("warren-system", &format!("{account}-{number}"), &name, account).await;
+                self.pod(
+                    "warren-system",
+                    &format!("{account}-{number}"),
+                    &name,
+                    account,
+                )
+                .await;
             }
         }
         let labels = json!({ "metadata": { "labels": { "warren-mesh.io/mesh": "enabled" } } });
@@ -57,7 +71,9 @@ impl ApiServer {
                 "containers": [{ "name": "c", "image": "x" }],
             },
         });
-        let pod = self.post(&format!("/api/v1/namespaces/{namespace}/pods"), pod).await;
+        let pod = self
+            .post(&format!("/api/v1/namespaces/{namespace}/pods"), pod)
+            .await;
         pod["metadata"]["uid"].as_str().unwrap().to_owned()
     }
 
@@ -88,7 +104,9 @@ impl ApiServer {
     /// A controller, by the name of its replica.
     pub(crate) async fn controller(&self, replica: &str) -> Lab {
         let dir = TempDir::new().unwrap();
-        let controller = soon("start", Controller::start(&self.config(replica))).await.unwrap();
+        let controller = soon("start", Controller::start(&self.config(replica)))
+            .await
+            .unwrap();
         Lab { dir, controller }
     }
 
@@ -114,7 +132,9 @@ impl ApiServer {
     /// A connection of a node's proxy, with the certificate that its token gives it.
     pub(crate) async fn channel(&self, lab: &Lab, number: u8) -> Channel {
         let credentials = self.credentials(lab, number, Role::Proxy).await;
-        soon("connect", lab.channel(Some(credentials))).await.unwrap()
+        soon("connect", lab.channel(Some(credentials)))
+            .await
+            .unwrap()
     }
 
     /// The proxy of a node.
@@ -125,7 +145,9 @@ impl ApiServer {
     /// The agent of a node likewise.
     pub(crate) async fn agent(&self, lab: &Lab, number: u8) -> Agent {
         let credentials = self.credentials(lab, number, Role::Agent).await;
-        let channel = soon("connect", lab.channel(Some(credentials))).await.unwrap();
+        let channel = soon("connect", lab.channel(Some(credentials)))
+            .await
+            .unwrap();
         Agent {
             stream: Stream::open(channel.clone(), &format!("node-{number}")).await,
             calls: EnrolmentClient::new(channel),
@@ -141,7 +163,10 @@ impl ApiServer {
         let token = self.token(account, &pod, "warren-controller").await;
         let key = KeyPair::generate().unwrap();
         let node = format!("node-{number}");
-        let issued = lab.issue_node(&node, role, &token, csr(&key)).await.unwrap();
+        let issued = lab
+            .issue_node(&node, role, &token, csr(&key))
+            .await
+            .unwrap();
         Credentials::new(&issued, &key)
     }
 
