@@ -97,7 +97,7 @@ struct Foundation {
 
 /// The parts that keep up with the provider.
 enum Provider {
-    Directory(directory::Following),
+    Directory(Box<directory::Following>),
     Kubernetes(Box<kubernetes::Following>),
 }
 

@@ -139,8 +139,8 @@ impl Fleet {
             return None;
         }
         let counting = self.proxies().filter(|s| {
-            let stuck = s.behind_since;
-            !stuck.is_some_and(|t| now.duration_since(t) >= LEASE)
+            let behind = s.behind_since;
+            behind.is_none_or(|t| now.duration_since(t) < LEASE)
         });
         Some(counting.map(|s| s.progress.acked).min().unwrap_or(newest))
     }

@@ -48,11 +48,11 @@ pub(super) fn open(
         roots: kept,
         keeper: Keeper::File(store, stored),
         tokens: Arc::new(TokenFile::new(tokens.to_owned())),
-        provider: Provider::Directory(Following {
+        provider: Provider::Directory(Box::new(Following {
             reader,
             manifests: watch,
             roots,
-        }),
+        })),
     })
 }
 

@@ -24,8 +24,11 @@ pub(super) struct CustomKind {
     /// Name of the CRD: `<plural>.<group>`.
     pub(super) definition: &'static str,
     /// Absent: only whether it is served is of interest.
-    read: Option<fn(ObjectMeta, &str, Value) -> Result<Object, String>>,
+    read: Option<Read>,
 }
+
+/// Makes an object of its metadata, version and spec.
+type Read = fn(ObjectMeta, &str, Value) -> Result<Object, String>;
 
 /// A route or policy as the API server has it, for who writes its status.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +85,6 @@ impl CustomKind {
             api_version: format!("{group}/{version}"),
             kind: self.kind.into(),
             plural: plural.into(),
-            ..ApiResource::erase::<DynamicObject>(&definitions())
         }
     }
 }

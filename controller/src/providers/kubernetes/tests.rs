@@ -200,10 +200,8 @@ async fn a_watch_that_ends_expires_or_fails_is_taken_up_again() {
     }
     assert_eq!(names(&reader.objects), ["d"]);
     cluster.set("pods", &[pod("e", 20)]);
-    let mut state = cluster.0.lock();
-    state.down = false;
-    state.expired.insert("pods".into());
-    drop(state);
+    cluster.0.lock().expired.insert("pods".into());
+    cluster.0.lock().down = false;
     until(&mut reader, |r| names(&r.objects) == ["e"]).await;
     assert!(reader.failing.is_empty());
 }
