@@ -267,7 +267,7 @@ impl Reader {
                 event,
                 version,
             } => {
-                self.works_again(kind);
+                self.works_again(kind, matches!(event, Event::Init));
                 match event {
                     Event::Init => self.begin(kind),
                     Event::InitApply(object) | Event::Apply(object) => self.insert(kind, *object),
@@ -283,7 +283,7 @@ impl Reader {
                 version,
                 event,
             } => {
-                self.works_again(kind.kind);
+                self.works_again(kind.kind, matches!(event, Event::Init));
                 match event {
                     Event::Init => self.begin(kind.kind),
                     Event::InitApply(object) | Event::Apply(object) => {
@@ -294,7 +294,7 @@ impl Reader {
                 }
             }
             Change::Definition { kind, event } => {
-                self.works_again(kind.definition);
+                self.works_again(kind.definition, matches!(event, Event::Init));
                 match event {
                     Event::Init => self.begin(kind.definition),
                     Event::InitApply(definition) | Event::Apply(definition) => {
@@ -327,9 +327,9 @@ impl Reader {
         }
     }
 
-    fn works_again(&mut self, kind: &'static str) {
-        // A list that begins says nothing yet; `end` and events do.
-        if self.failing.contains(kind) && !self.listing.contains_key(kind) {
+    /// A list that begins, or is under way, says nothing yet; its end and events do.
+    fn works_again(&mut self, kind: &'static str, begins: bool) {
+        if !begins && self.failing.contains(kind) && !self.listing.contains_key(kind) {
             self.failing.remove(kind);
             tracing::info!(kind, "is watched again");
         }
@@ -348,7 +348,7 @@ impl Reader {
             self.dirty |= self.objects.retain(kind, listed);
             self.forget(|key| key.kind == kind && !listed(&key.namespace, &key.name));
         }
-        self.works_again(kind);
+        self.works_again(kind, false);
         self.waiting.remove(kind);
         self.tell_waiting();
     }
