@@ -50,7 +50,7 @@ main() {
 
 need_rust() {
   command -v cargo >/dev/null && return
-  echo "Rust is missing. Install the stable toolchain first: https://rustup.rs (1.88 or newer)." >&2
+  echo "Rust is missing. Install the stable toolchain first: https://rustup.rs (1.89 or newer)." >&2
   exit 1
 }
 

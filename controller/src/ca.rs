@@ -3,17 +3,19 @@
 //! Of a signing request only the public key is used, after its self-signature was checked; every name is
 //! set here, by the caller's proven right to it. Who may have what is decided in [`crate::serve`].
 //!
-//! Rotation: `root.crt` and `root.key` are replaced in the directory. The new root joins the trust bundle at
-//! once and beside the old one, but signs only when every node is known to trust it ([`Authority::promote`]).
-//! The old root stays in `retired.pem`, and so in the bundle, until it expires or is removed there.
+//! Rotation: the root is replaced where it is kept ([`files`], [`secret`]). The new one joins the trust bundle
+//! at once and beside the old one, but signs only when every node is known to trust it
+//! ([`Authority::promote`]). The old root stays in `retired.pem`, and so in the bundle, until it expires or is
+//! removed there.
 
 mod csr;
-mod files;
+pub mod files;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod root;
+pub mod secret;
 pub mod tokens;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,14 +32,12 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 
 pub use csr::CsrError;
-pub use files::CaError;
-use files::{Files, Root};
+use root::Root;
+pub use root::{CaError, Roots};
 
 /// How the authority is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Where `root.crt`, `root.key` and the bundle are.
-    pub directory: PathBuf,
     /// The trust domain of all identities.
     pub trust_domain: String,
     /// How long a workload's certificate is valid.
@@ -56,11 +56,11 @@ pub struct Authority {
 #[derive(Debug)]
 struct State {
     signing: Arc<Root>,
-    /// What the directory held when it was last read without a mistake.
-    files: Files,
+    /// What was kept when it was last read without a mistake.
+    kept: Roots,
 }
 
-/// What a reading of the directory changed.
+/// What newly read roots changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Changed {
     /// The bundle is another.
@@ -79,50 +79,43 @@ pub struct Issued {
 }
 
 impl Authority {
-    /// Reads the directory; makes a root if it has none.
-    pub fn open(settings: Settings) -> Result<Self, CaError> {
-        let files = files::read(&settings.directory, &settings.trust_domain)?;
+    /// Signs with the root that is kept.
+    pub fn new(settings: Settings, kept: Roots) -> Self {
         let state = State {
-            signing: files.root.clone(),
-            files,
+            signing: kept.root.clone(),
+            kept,
         };
-        Ok(Self {
+        Self {
             settings,
             state: Mutex::new(state),
-        })
+        }
     }
 
-    /// Reads the directory again. A mistake leaves everything as it was.
-    pub fn reload(&self) -> Result<Changed, CaError> {
-        let files = files::read(&self.settings.directory, &self.settings.trust_domain)?;
+    /// Takes what is kept now.
+    pub fn take(&self, kept: Roots) -> Changed {
         let mut state = self.state.lock();
         let changed = Changed {
-            bundle: files.bundle != state.files.bundle,
-            pending: files.root.der != state.signing.der,
+            bundle: kept.bundle != state.kept.bundle,
+            pending: kept.root.der != state.signing.der,
         };
-        state.files = files;
-        Ok(changed)
+        state.kept = kept;
+        changed
     }
 
     /// Signs with the newest root from now on. To be called when every node trusts it.
     pub fn promote(&self) {
         let mut state = self.state.lock();
-        state.signing = state.files.root.clone();
+        state.signing = state.kept.root.clone();
     }
 
     /// Every root that is trusted now, DER, the newest first.
     pub fn bundle(&self) -> Vec<Vec<u8>> {
-        self.state.lock().files.bundle.clone()
+        self.state.lock().kept.bundle.clone()
     }
 
     /// End of validity of the signing root.
     pub fn root_not_after(&self) -> OffsetDateTime {
         self.state.lock().signing.not_after
-    }
-
-    /// Where the authority's files are.
-    pub fn directory(&self) -> &Path {
-        &self.settings.directory
     }
 
     /// The trust domain of all identities.
@@ -181,7 +174,7 @@ impl Authority {
 
     fn signing(&self) -> (Arc<Root>, Vec<Vec<u8>>) {
         let state = self.state.lock();
-        (state.signing.clone(), state.files.bundle.clone())
+        (state.signing.clone(), state.kept.bundle.clone())
     }
 }
 

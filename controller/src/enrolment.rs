@@ -21,6 +21,8 @@
 //! restarts reports less than it serves for a moment.
 
 mod fleet;
+mod peers;
+mod recording;
 mod store;
 
 use std::collections::BTreeMap;
@@ -33,6 +35,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 pub use fleet::{Fleet, LEASE, Progress, StreamId};
+pub use peers::{Peer, Peers};
+pub use recording::{Recorded, Recording, Write};
 pub(crate) use store::replace;
 pub use store::{Store, StoreError, Stored};
 
@@ -97,6 +101,8 @@ pub struct Record {
     pub failure: Option<String>,
     /// The snapshot that published the phase.
     since: u64,
+    /// In a cluster: replicas that have read this far have published it as well.
+    version: u64,
     /// Its agent reported it READY in this phase.
     ready: bool,
     /// Its agent reported in this phase and no longer named it.
@@ -152,6 +158,9 @@ pub enum RegisterError {
         /// Where that pod is.
         node: String,
     },
+    /// It is not on record yet, so that nobody may be told of it.
+    #[error("the addresses could not be recorded in time")]
+    NotRecorded,
 }
 
 /// All records.
@@ -170,6 +179,7 @@ impl Enrolment {
                 phase: pod.phase,
                 failure: None,
                 since: 0,
+                version: 0,
                 ready: false,
                 gone: false,
             };
@@ -221,6 +231,28 @@ impl Enrolment {
         (namespace, name): (&str, &str),
         addresses: Vec<IpAddr>,
     ) -> Result<(), RegisterError> {
+        let pod = self.may_register(model, node, uid, (namespace, name), &addresses)?;
+        for (other, record) in &mut self.records {
+            if **other != *uid {
+                record.addresses.retain(|a| !addresses.contains(a));
+            }
+        }
+        let record = (self.records)
+            .entry(pod.uid.clone())
+            .or_insert_with(|| Record::new(&pod.node));
+        record.addresses = addresses;
+        Ok(())
+    }
+
+    /// Whether a pod of `node` may have these addresses.
+    fn may_register<'m>(
+        &self,
+        model: &'m Model,
+        node: &str,
+        uid: &str,
+        (namespace, name): (&str, &str),
+        addresses: &[IpAddr],
+    ) -> Result<&'m Arc<Pod>, RegisterError> {
         let pod = model
             .pods
             .get(uid)
@@ -247,16 +279,7 @@ impl Enrolment {
                 });
             }
         }
-        for (other, record) in &mut self.records {
-            if **other != *uid {
-                record.addresses.retain(|a| !addresses.contains(a));
-            }
-        }
-        let record = (self.records)
-            .entry(pod.uid.clone())
-            .or_insert_with(|| Record::new(&pod.node));
-        record.addresses = addresses;
-        Ok(())
+        Ok(pod)
     }
 
     /// Takes a node's report. Returns the UIDs it named that are not pods of that node.
@@ -292,6 +315,20 @@ impl Enrolment {
     /// Moves every pod one step as far as the model, the reports and the acknowledgements allow. `seq` is
     /// the number of the snapshot that will publish the result. True: something moved.
     pub fn step(&mut self, model: &Model, fleet: &Fleet, seq: u64, now: Instant) -> bool {
+        let mut moved = self.follow(model);
+        for (uid, pod) in &model.pods {
+            let record = self.record_of(pod);
+            let next = record.next(pod, || fleet.all_acked(uid, record.since, now));
+            if next != record.phase {
+                record.enter(pod, next, seq);
+                moved = true;
+            }
+        }
+        moved
+    }
+
+    /// Forgets the pods that are gone. True: there were some.
+    fn follow(&mut self, model: &Model) -> bool {
         let before = self.records.len();
         self.records.retain(|uid, record| {
             let bound = model.pods.get(uid).is_some_and(|p| p.node == record.node);
@@ -300,40 +337,13 @@ impl Enrolment {
             }
             bound
         });
-        let mut moved = self.records.len() != before;
-        for (uid, pod) in &model.pods {
-            let record = (self.records)
-                .entry(uid.clone())
-                .or_insert_with(|| Record::new(&pod.node));
-            let wanted = pod.to_be_captured();
-            let all_know = || fleet.all_acked(uid, record.since, now);
-            let next = match record.phase {
-                Phase::Off if wanted => Phase::Wanted,
-                Phase::Wanted if !wanted => Phase::Off,
-                Phase::Wanted | Phase::Rejoining if wanted && record.ready => Phase::Tunnel,
-                Phase::Tunnel | Phase::Enforced if !wanted => Phase::Leaving,
-                Phase::Tunnel if all_know() => Phase::Enforced,
-                Phase::Leaving if wanted => Phase::Tunnel,
-                Phase::Leaving if all_know() => Phase::Withdrawn,
-                Phase::Withdrawn if wanted => Phase::Rejoining,
-                Phase::Withdrawn if record.gone => Phase::Off,
-                Phase::Rejoining if !wanted => Phase::Withdrawn,
-                same => same,
-            };
-            if next != record.phase {
-                tracing::info!(
-                    pod = %format_args!("{}/{}", pod.namespace, pod.name),
-                    node = pod.node, from = record.phase.name(), to = next.name(),
-                    "enrolment"
-                );
-                record.phase = next;
-                record.since = seq;
-                record.ready = false;
-                record.gone = false;
-                moved = true;
-            }
-        }
-        moved
+        self.records.len() != before
+    }
+
+    fn record_of(&mut self, pod: &Pod) -> &mut Record {
+        (self.records)
+            .entry(pod.uid.clone())
+            .or_insert_with(|| Record::new(&pod.node))
     }
 }
 
@@ -345,8 +355,39 @@ impl Record {
             phase: Phase::Off,
             failure: None,
             since: 0,
+            version: 0,
             ready: false,
             gone: false,
+        }
+    }
+
+    fn enter(&mut self, pod: &Pod, phase: Phase, seq: u64) {
+        tracing::info!(
+            pod = %format_args!("{}/{}", pod.namespace, pod.name),
+            node = pod.node, from = self.phase.name(), to = phase.name(),
+            "enrolment"
+        );
+        self.phase = phase;
+        self.since = seq;
+        self.ready = false;
+        self.gone = false;
+    }
+
+    /// Where the pod goes from here.
+    fn next(&self, pod: &Pod, all_know: impl Fn() -> bool) -> Phase {
+        let wanted = pod.to_be_captured();
+        match self.phase {
+            Phase::Off if wanted => Phase::Wanted,
+            Phase::Wanted if !wanted => Phase::Off,
+            Phase::Wanted | Phase::Rejoining if wanted && self.ready => Phase::Tunnel,
+            Phase::Tunnel | Phase::Enforced if !wanted => Phase::Leaving,
+            Phase::Tunnel if all_know() => Phase::Enforced,
+            Phase::Leaving if wanted => Phase::Tunnel,
+            Phase::Leaving if all_know() => Phase::Withdrawn,
+            Phase::Withdrawn if wanted => Phase::Rejoining,
+            Phase::Withdrawn if self.gone => Phase::Off,
+            Phase::Rejoining if !wanted => Phase::Withdrawn,
+            same => same,
         }
     }
 }

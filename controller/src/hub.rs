@@ -1,10 +1,13 @@
 //! Where everything meets: objects, reports, acknowledgements and roots come in, snapshots go out.
 //!
 //! All changes happen under one lock, in memory, and end in `Hub::advance`: enrolment moves as far as it
-//! can, what moved is written to disk, and a snapshot is published. Readers hold a snapshot and
+//! can, what moved is written to disk (or, in a cluster, has come back from the API server), and a snapshot is
+//! published. Readers hold a snapshot and
 //! never wait for a writer. The lock is never held over an await.
 
-use std::collections::HashMap;
+mod cluster;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,10 +16,13 @@ use mesh_api::names::address_from_bytes;
 use mesh_api::proto::control::{NodeReport, RegisterPodRequest};
 use mesh_api::proto::mesh::NodePod;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::enrolment::{Enrolment, Fleet, Phase, Progress, RegisterError, Store, Stored, StreamId};
+use crate::enrolment::{
+    Enrolment, Fleet, Peers, Phase, Progress, Recording, RegisterError, Store, StoreError, Stored,
+    StreamId,
+};
 use crate::metrics::{Metrics, NodeLabel, PhaseLabel, Role, Type};
 use crate::model::{self, Condition, Model, ObjectStatus, Settings};
 use crate::providers::Objects;
@@ -29,6 +35,9 @@ pub struct Hub {
     snapshots: watch::Sender<Arc<Snapshot>>,
     /// Bumped whenever a stream got further or ended.
     progress: watch::Sender<u64>,
+    /// There may be something to write to the API server.
+    to_record: Notify,
+    readiness: watch::Sender<BTreeMap<String, bool>>,
     metrics: Metrics,
 }
 
@@ -39,12 +48,36 @@ struct Core {
     model: Arc<Model>,
     enrolment: Enrolment,
     fleet: Fleet,
-    store: Store,
+    keeper: Keeper,
     bundle: Vec<Vec<u8>>,
+    /// The snapshot that told the nodes of it.
+    bundle_since: u64,
     snapshot: Arc<Snapshot>,
     warnings: Vec<String>,
     /// Something that must survive the process is not on disk yet.
     unwritten: bool,
+}
+
+/// Where enrolment is kept.
+#[derive(Debug)]
+pub enum Keeper {
+    /// In a file of this process, and what an earlier one kept there.
+    File(Store, Stored),
+    /// At the pods, where all replicas see it.
+    Cluster(Cluster),
+}
+
+/// What is known of a cluster.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    recording: Recording,
+    peers: Peers,
+    /// How far the pods were read.
+    version: u64,
+    /// How far they were read when a snapshot was made, the newest last.
+    versions: VecDeque<(u64, u64)>,
+    /// There is a model that was not looked at for what is recorded.
+    unmirrored: bool,
 }
 
 /// What the hub starts from.
@@ -57,9 +90,7 @@ pub struct Start {
     /// Roots to trust, DER.
     pub bundle: Vec<Vec<u8>>,
     /// Where enrolment is kept.
-    pub store: Store,
-    /// What an earlier process kept there.
-    pub stored: Stored,
+    pub keeper: Keeper,
 }
 
 impl Hub {
@@ -69,22 +100,31 @@ impl Hub {
             settings,
             objects,
             bundle,
-            store,
-            stored,
+            keeper,
         } = start;
         let now = Instant::now();
         let model = model::build(&objects, &settings);
         tell_statuses(&[], &model.statuses);
         let mut fleet = Fleet::default();
-        fleet.expect(stored.nodes.iter().cloned(), now);
+        let enrolment = match &keeper {
+            Keeper::File(_, stored) => {
+                fleet.expect(stored.nodes.iter().cloned(), now);
+                Enrolment::restore(stored)
+            }
+            Keeper::Cluster(_) => {
+                fleet.expect(cluster::nodes_that_took_part(&model), now);
+                Enrolment::default()
+            }
+        };
         let core = Core {
             model: Arc::new(model),
-            enrolment: Enrolment::restore(&stored),
+            enrolment,
             settings,
             objects,
             fleet,
-            store,
+            keeper,
             bundle,
+            bundle_since: 1,
             snapshot: Arc::default(),
             warnings: Vec::new(),
             unwritten: true,
@@ -93,6 +133,8 @@ impl Hub {
             core: Mutex::new(core),
             snapshots: watch::Sender::default(),
             progress: watch::Sender::default(),
+            to_record: Notify::new(),
+            readiness: watch::Sender::default(),
             metrics,
         };
         hub.advance(&mut hub.core.lock(), true);
@@ -139,20 +181,29 @@ impl Hub {
         if core.bundle != bundle {
             core.bundle = bundle;
             self.advance(&mut core, true);
+            core.bundle_since = core.snapshot.seq;
         }
         core.snapshot.seq
     }
 
     /// Waits until every node that counts holds the MeshConfig of snapshot `seq`.
     pub async fn mesh_config_held(&self, seq: u64) {
-        self.when(|core| core.fleet.all_hold_mesh(seq, Instant::now()).then_some(()))
-            .await;
+        self.when(|core| {
+            let now = Instant::now();
+            let held = core.fleet.all_hold_mesh(seq, now) && core.others_trust(now);
+            held.then_some(())
+        })
+        .await;
     }
 
     /// Time passed: leases may have run out.
     pub fn tick(&self) {
         let mut core = self.core.lock();
-        core.unwritten |= core.fleet.expire(Instant::now());
+        let now = Instant::now();
+        core.unwritten |= core.fleet.expire(now);
+        if let Keeper::Cluster(cluster) = &mut core.keeper {
+            cluster.tick(now);
+        }
         self.advance(&mut core, false);
         drop(core);
         self.progress.send_modify(|n| *n = n.wrapping_add(1));
@@ -179,22 +230,13 @@ impl Hub {
         });
         // Unknown in the end: the attempt below says so.
         let _ = tokio::time::timeout(REGISTER_WAIT, known).await;
-        let addresses = request
-            .addresses
-            .iter()
-            .filter_map(|a| address_from_bytes(a))
-            .collect();
-        let mut core = self.core.lock();
-        let Core {
-            model, enrolment, ..
-        } = &mut *core;
-        let name = (request.namespace.as_str(), request.name.as_str());
-        enrolment.register(model, node, &request.uid, name, addresses)?;
-        core.unwritten = true;
-        self.advance(&mut core, true);
+        let addresses = request.addresses.iter();
+        let addresses = addresses.filter_map(|a| address_from_bytes(a)).collect();
+        self.record_addresses(node, request, addresses).await?;
+        let core = self.core.lock();
         let record = core.enrolment.record(&request.uid);
         let pod = core.model.pods.get(request.uid.as_str());
-        // `register` found the pod in the same model.
+        // It was there a moment ago, but may be gone by now.
         pod.map(|pod| resources::node_pod_of(&core.model, pod, record))
             .ok_or_else(|| RegisterError::NotFound {
                 namespace: request.namespace.clone(),
@@ -213,6 +255,9 @@ impl Hub {
             .node_ready
             .get_or_create(&label)
             .set(report.ready.into());
+        self.readiness.send_if_modified(|nodes| {
+            nodes.insert(node.into(), report.ready) != Some(report.ready)
+        });
         let seq = {
             let mut core = self.core.lock();
             let Core {
@@ -307,7 +352,7 @@ impl Hub {
         // Each round moves every pod at most one phase on; without nodes to wait for there are a few.
         loop {
             let seq = core.snapshot.seq + 1;
-            let moved = core.enrolment.step(&core.model, &core.fleet, seq, now);
+            let moved = core.step(seq, now);
             if !moved && !changed {
                 break;
             }
@@ -318,17 +363,16 @@ impl Hub {
         }
         // On disk before anyone hears of it.
         if core.unwritten {
-            let stored = Stored {
-                nodes: core.fleet.nodes(),
-                pods: core.enrolment.to_store(),
-            };
-            match core.store.write(stored) {
+            match core.keep() {
                 Ok(()) => core.unwritten = false,
                 Err(error) => {
                     tracing::error!("{error}; a restart of the controller would enrol pods anew");
                     self.metrics.store_failures.inc();
                 }
             }
+        }
+        if let Keeper::Cluster(_) = core.keeper {
+            self.to_record.notify_one();
         }
         if self.snapshots.borrow().seq != core.snapshot.seq {
             self.tell_warnings(core);
@@ -338,8 +382,9 @@ impl Hub {
     }
 
     fn tell_warnings(&self, core: &mut Core) {
-        let all = core.model.warnings.iter().chain(&core.snapshot.warnings);
-        let mut warnings: Vec<String> = all.cloned().collect();
+        let of_model = core.model.warnings.iter().map(ToString::to_string);
+        let all = of_model.chain(core.snapshot.warnings.iter().cloned());
+        let mut warnings: Vec<String> = all.collect();
         warnings.sort();
         warnings.dedup();
         for warning in warnings.iter().filter(|w| !core.warnings.contains(w)) {
@@ -384,6 +429,26 @@ impl Hub {
                 .set(count as i64);
         }
         self.metrics.trusted_roots.set(core.bundle.len() as i64);
+    }
+}
+
+impl Core {
+    fn step(&mut self, seq: u64, now: Instant) -> bool {
+        let (model, fleet) = (&self.model, &self.fleet);
+        match &mut self.keeper {
+            Keeper::File(..) => self.enrolment.step(model, fleet, seq, now),
+            Keeper::Cluster(cluster) => cluster.step(&mut self.enrolment, (model, fleet), seq, now),
+        }
+    }
+
+    fn keep(&mut self) -> Result<(), StoreError> {
+        match &mut self.keeper {
+            Keeper::File(store, _) => store.write(Stored {
+                nodes: self.fleet.nodes(),
+                pods: self.enrolment.to_store(),
+            }),
+            Keeper::Cluster(_) => Ok(()),
+        }
     }
 }
 
@@ -469,5 +534,7 @@ fn role_label(role: NodeRole) -> Role {
 
 /// How long a registration waits for its pod to be shown by the provider.
 const REGISTER_WAIT: Duration = Duration::from_secs(2);
+/// How long a registration waits for the API server to have it.
+const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// How long a report waits for slow nodes. CNI ADD has ten seconds for everything.
 const HAND_OUT_WAIT: Duration = Duration::from_secs(3);

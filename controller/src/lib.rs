@@ -3,11 +3,15 @@
 //! The way of an edit, door to door: a provider ([`providers`]) reads the users' objects; [`model`] is built
 //! from them by pure functions; [`enrolment`] decides how far each pod is on its way into the mesh;
 //! [`resources`] turns both into what nodes are sent; [`hub`] publishes it; [`serve`] carries it to the
-//! nodes and their answers back. [`ca`] signs certificates for what is bound to a node.
+//! nodes and their answers back. [`ca`] signs certificates for what is bound to a node. [`cluster`] is what is
+//! written to a Kubernetes API server: records of enrolment, status, events.
 
 pub mod ca;
+pub mod cluster;
 pub mod config;
 pub mod enrolment;
+#[cfg(test)]
+mod fake_api;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod hub;

@@ -42,7 +42,12 @@ async fn run(config: &Config) -> ExitCode {
         Ok(signals) => signals,
         Err(error) => return fail(&error),
     };
-    let mut controller = match Controller::start(config).await {
+    let started = tokio::select! {
+        _ = terminate.recv() => return ExitCode::SUCCESS,
+        _ = interrupt.recv() => return ExitCode::SUCCESS,
+        started = Controller::start(config) => started,
+    };
+    let mut controller = match started {
         Ok(controller) => controller,
         Err(error) => return fail(&error),
     };

@@ -64,6 +64,13 @@ pub struct Outcome {
     pub result: &'static str,
 }
 
+/// Label `kind` of an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    /// Such as Pod.
+    pub kind: String,
+}
+
 /// Label `node`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct NodeLabel {
@@ -113,6 +120,10 @@ pub struct Metrics {
     pub trusted_roots: Gauge,
     /// Failed writes of the enrolment state.
     pub store_failures: Counter,
+    /// Watches of the API server that failed.
+    pub watch_failures: Family<KindLabel, Counter>,
+    /// Whether this replica writes status.
+    pub leader: Gauge,
 }
 
 impl Default for Metrics {
@@ -138,6 +149,8 @@ impl Default for Metrics {
             root_expiry: Gauge::default(),
             trusted_roots: Gauge::default(),
             store_failures: Counter::default(),
+            watch_failures: Family::default(),
+            leader: Gauge::default(),
         };
         metrics.register();
         metrics
@@ -176,6 +189,8 @@ impl Metrics {
             root_expiry,
             trusted_roots,
             store_failures,
+            watch_failures,
+            leader,
         } = self;
         let mut r = registry.lock();
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
@@ -233,5 +248,9 @@ impl Metrics {
         );
         let help = "Writes of the enrolment state that failed";
         r.register("store_failures", help, store_failures.clone());
+        let help = "Watches of the API server that failed and were taken up again";
+        r.register("watch_failures", help, watch_failures.clone());
+        let help = "1 if this replica writes status, taints and the trust bundle";
+        r.register("leader", help, leader.clone());
     }
 }

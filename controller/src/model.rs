@@ -15,14 +15,14 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_api::names::{MESH_LABEL, MODE_LABEL};
+use mesh_api::names::{MESH_LABEL, MODE_LABEL, SYSTEM_NAMESPACE};
 use mesh_api::proto::mesh::{
     BackendTrafficPolicy, EndpointSlice, Mode, Route, Service, TrafficPolicy,
 };
 
 pub use annotations::{Exclusions, FieldMistake, mesh_label, mode_label, tunnel_annotation};
 pub use pod::{Pod, ProbeMistake, probe_mistakes};
-pub use status::{Condition, ObjectStatus, ParentStatus};
+pub use status::{Condition, ObjectStatus, ParentStatus, Warning};
 
 use crate::providers::Objects;
 
@@ -59,7 +59,7 @@ pub struct Model {
     /// What is to be said of routes and policies, in force or not.
     pub statuses: Vec<ObjectStatus>,
     /// What in the objects could not be used, for the log.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
 }
 
 /// Builds the model.
@@ -159,6 +159,8 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// What a namespace says for its pods.
 #[derive(Clone, Copy, Debug)]
 struct NamespaceDefaults {
+    /// The whole mesh is switched off, by Warren's own namespace: no pod's own label counts.
+    off: bool,
     opted_in: bool,
     mode: Mode,
 }
@@ -167,18 +169,29 @@ fn namespace_defaults(
     objects: &Objects,
     name: &str,
     settings: &Settings,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> NamespaceDefaults {
     let labels = objects
         .namespaces
         .get(name)
         .and_then(|n| n.metadata.labels.as_ref());
     let label = |key: &str| labels.and_then(|l| l.get(key)).map(String::as_str);
-    let mut warn = |mistake: FieldMistake| warnings.push(format!("Namespace {name}: {mistake}"));
+    let mut warn = |mistake: FieldMistake| {
+        let warning = Warning::new("Namespace", "", name, mistake.to_string());
+        // Every pod asks.
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    };
+    let system = objects.namespaces.get(SYSTEM_NAMESPACE);
+    let off = system
+        .and_then(|n| n.metadata.labels.as_ref()?.get(MESH_LABEL))
+        .is_some_and(|value| value == "disabled");
     let opted_in = label(MESH_LABEL).map_or(Ok(false), mesh_label);
     let mode = label(MODE_LABEL).map_or(Ok(settings.mode), mode_label);
     NamespaceDefaults {
-        opted_in: opted_in.map_err(&mut warn).unwrap_or(false),
+        off,
+        opted_in: !off && opted_in.map_err(&mut warn).unwrap_or(false),
         // In doubt, refuse: a namespace that asks for a mode which does not exist is strict.
         mode: mode.map_err(warn).unwrap_or(Mode::Strict),
     }

@@ -1,8 +1,11 @@
-//! Where the objects come from that users write: a directory of manifests (Kubernetes' API follows).
+//! Where the objects come from that users write: a directory of manifests, or a Kubernetes API server.
 
+mod check;
 pub mod directory;
 pub(crate) mod field;
 pub mod gateway;
+pub mod kubernetes;
+pub(crate) mod object;
 pub mod traffic_policy;
 
 use std::collections::BTreeMap;
@@ -11,7 +14,9 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
+pub(crate) use self::check::is_dns_name;
 use self::gateway::{BackendTrafficPolicy, GrpcRoute, HttpRoute, TcpRoute, TlsRoute};
+pub use self::object::{Object, ObjectKey};
 use self::traffic_policy::TrafficPolicy;
 
 /// Namespace and name of an object.
@@ -42,4 +47,65 @@ pub struct Objects {
     pub backend_traffic_policies: BTreeMap<NamespacedName, Arc<BackendTrafficPolicy>>,
     /// By namespace and name.
     pub traffic_policies: BTreeMap<NamespacedName, Arc<TrafficPolicy>>,
+}
+
+impl Objects {
+    /// Takes an object, or its newer version. True: it is another than before. Identities are named by pods
+    /// and pods are made of Deployments elsewhere: the model has no use for ServiceAccounts and Deployments.
+    pub(crate) fn insert(&mut self, object: Object) -> bool {
+        fn put<K: Ord, V: PartialEq>(table: &mut BTreeMap<K, V>, name: K, value: V) -> bool {
+            if table.get(&name) == Some(&value) {
+                return false;
+            }
+            table.insert(name, value);
+            true
+        }
+        let key = object.key();
+        let name = (key.namespace, key.name);
+        match object {
+            Object::Namespace(o) => put(&mut self.namespaces, name.1, o),
+            Object::Node(o) => put(&mut self.nodes, name.1, o),
+            Object::Pod(o) => put(&mut self.pods, name, o),
+            Object::Service(o) => put(&mut self.services, name, o),
+            Object::EndpointSlice(o) => put(&mut self.slices, name, o),
+            Object::HttpRoute(o) => put(&mut self.http_routes, name, o),
+            Object::GrpcRoute(o) => put(&mut self.grpc_routes, name, o),
+            Object::TlsRoute(o) => put(&mut self.tls_routes, name, o),
+            Object::TcpRoute(o) => put(&mut self.tcp_routes, name, o),
+            Object::BackendTrafficPolicy(o) => put(&mut self.backend_traffic_policies, name, o),
+            Object::TrafficPolicy(o) => put(&mut self.traffic_policies, name, o),
+            Object::ServiceAccount(_) | Object::Deployment(_) => false,
+        }
+    }
+
+    /// Keeps of one kind only the objects with these names. True: some were removed.
+    pub(crate) fn retain(&mut self, kind: &str, keep: impl Fn(&str, &str) -> bool) -> bool {
+        fn of<V>(
+            table: &mut BTreeMap<NamespacedName, V>,
+            keep: impl Fn(&str, &str) -> bool,
+        ) -> bool {
+            let before = table.len();
+            table.retain(|(namespace, name), _| keep(namespace, name));
+            table.len() != before
+        }
+        fn global<V>(table: &mut BTreeMap<String, V>, keep: impl Fn(&str, &str) -> bool) -> bool {
+            let before = table.len();
+            table.retain(|name, _| keep("", name));
+            table.len() != before
+        }
+        match kind {
+            "Namespace" => global(&mut self.namespaces, keep),
+            "Node" => global(&mut self.nodes, keep),
+            "Pod" => of(&mut self.pods, keep),
+            "Service" => of(&mut self.services, keep),
+            "EndpointSlice" => of(&mut self.slices, keep),
+            "HTTPRoute" => of(&mut self.http_routes, keep),
+            "GRPCRoute" => of(&mut self.grpc_routes, keep),
+            "TLSRoute" => of(&mut self.tls_routes, keep),
+            "TCPRoute" => of(&mut self.tcp_routes, keep),
+            "XBackendTrafficPolicy" => of(&mut self.backend_traffic_policies, keep),
+            "TrafficPolicy" => of(&mut self.traffic_policies, keep),
+            _ => false,
+        }
+    }
 }

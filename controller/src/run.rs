@@ -1,30 +1,36 @@
 //! Puts the parts together and keeps them running.
 //!
-//! Order at the start: root, manifests, enrolment, and only then the port: the first table a node gets is
-//! complete, so a restart of the controller takes no pod out of it.
+//! Order at the start: root, objects, enrolment, and only then the port: the first table a node gets is
+//! complete, so a restart of the controller takes no pod out of it. Health answers from the beginning, as an
+//! API server may be long in coming.
 
+mod directory;
+mod kubernetes;
+
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hyper::StatusCode;
+use parking_lot::Mutex;
 use rustls::server::ServerConfig;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
-use crate::ca::{Authority, CaError};
-use crate::config::Config;
-use crate::enrolment::{Store, StoreError};
-use crate::hub::{Hub, Start};
-use crate::metrics::{Metrics, Outcome};
+use crate::ca::tokens::Tokens;
+use crate::ca::{Authority, CaError, Roots};
+use crate::config::{Backing, Config};
+use crate::enrolment::StoreError;
+use crate::hub::{Hub, Keeper, Start};
+use crate::metrics::Metrics;
 use crate::providers::Objects;
-use crate::providers::directory::Reader;
+use crate::providers::kubernetes::ConnectError;
 use crate::serve::{self, Services};
-use crate::watch::{Changes, Watch};
 use crate::web::{self, Page};
 
 /// Why the controller cannot start or had to stop.
@@ -54,6 +60,15 @@ pub enum RunError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The configuration was not checked.
+    #[error("{0}")]
+    Config(String),
+    /// The API server cannot be spoken to.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// It can, but does not do what is needed.
+    #[error("provider.kubernetes: {0}")]
+    Api(#[from] kube::Error),
     /// A part ended that should not.
     #[error("{0} ended unexpectedly; please report it")]
     Part(String),
@@ -68,88 +83,152 @@ pub struct Controller {
     metrics_address: SocketAddr,
     health_address: SocketAddr,
     stop: watch::Sender<bool>,
-    parts: JoinSet<&'static str>,
+    parts: Parts,
+}
+
+/// What a provider brings: everything that the controller stands on.
+struct Foundation {
+    objects: Objects,
+    roots: Roots,
+    keeper: Keeper,
+    tokens: Arc<dyn Tokens>,
+    provider: Provider,
+}
+
+/// The parts that keep up with the provider.
+enum Provider {
+    Directory(Box<directory::Following>),
+    Kubernetes(Box<kubernetes::Following>),
+}
+
+/// The running parts, by name.
+#[derive(Debug, Default)]
+struct Parts {
+    running: JoinSet<&'static str>,
+    /// Those that end when they are told to, and have something to finish.
+    ending: Vec<&'static str>,
+}
+
+/// What parts share.
+#[derive(Clone)]
+struct Common {
+    hub: Arc<Hub>,
+    authority: Arc<Authority>,
+    tls: Arc<ArcSwap<ServerConfig>>,
+    health: Arc<Health>,
+    stop: watch::Receiver<bool>,
+}
+
+/// What keeps the controller from being ready, and what is to be told of objects.
+#[derive(Debug, Default)]
+struct Health {
+    problems: Mutex<BTreeMap<&'static str, String>>,
+    mistakes: Mutex<Vec<String>>,
+    authority: OnceLock<Arc<Authority>>,
 }
 
 impl Controller {
     /// Starts all parts; returns once nodes can connect.
     pub async fn start(config: &Config) -> Result<Self, RunError> {
+        let mut mistakes = Vec::new();
+        let backing = config.backing(&mut mistakes);
+        let backing = backing.ok_or_else(|| RunError::Config(mistakes.join("; ")))?;
         let metrics = Metrics::default();
-        let authority = Arc::new(Authority::open(config.authority())?);
-        let roots = Watch::new(authority.directory());
-        let (store, stored) = Store::open(&config.state_dir)?;
-        let watch = Watch::new(&config.provider.directory);
-        let mut reader = Reader::new(&config.provider.directory);
-        let objects = read(&mut reader, &Changes::Unknown, &metrics);
-        let objects = objects.map_err(|source| RunError::Provider {
-            path: config.provider.directory.display().to_string(),
-            source,
-        })?;
-        let start = Start {
-            settings: config.mesh(),
-            objects,
-            bundle: authority.bundle(),
-            store,
-            stored,
-        };
-        let hub = Hub::new(start, metrics.clone());
-        let tls = Arc::new(ArcSwap::new(authority.server_config()?));
-
         let listener = listen("listen", config.listen).await?;
         let metrics_listener = listen("metricsListen", config.metrics_listen).await?;
         let health_listener = listen("healthListen", config.health_listen).await?;
         let local = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
+        let addresses = [
+            local(&listener, config.listen),
+            local(&metrics_listener, config.metrics_listen),
+            local(&health_listener, config.health_listen),
+        ];
+        let [address, metrics_address, health_address] = addresses;
         let (stop, stopping) = watch::channel(false);
-        let mut controller = Self {
-            address: local(&listener, config.listen),
-            metrics_address: local(&metrics_listener, config.metrics_listen),
-            health_address: local(&health_listener, config.health_listen),
+        let mut parts = Parts::default();
+        let health = Arc::new(Health::default());
+        health.set("start", Some("starting".into()));
+        parts.add("health server", {
+            let (health, stopping) = (health.clone(), stopping.clone());
+            web::serve(health_listener, move |path| {
+                health_page(path, *stopping.borrow(), &health)
+            })
+        });
+
+        let Foundation {
+            objects,
+            roots,
+            keeper,
+            tokens,
+            provider,
+        } = match backing {
+            Backing::Directory {
+                manifests,
+                ca,
+                tokens,
+                state,
+            } => directory::open(config, &metrics, (&manifests, &ca, &tokens, &state))?,
+            Backing::Kubernetes { provider, secret } => {
+                kubernetes::open(config, &metrics, &health, (&provider, &secret)).await?
+            }
+        };
+        let authority = Arc::new(Authority::new(config.authority(), roots));
+        // Set once: nobody else does.
+        let _ = health.authority.set(authority.clone());
+        let start = Start {
+            settings: config.mesh(),
+            objects,
+            bundle: authority.bundle(),
+            keeper,
+        };
+        let hub = Hub::new(start, metrics.clone());
+        let tls = Arc::new(ArcSwap::new(authority.server_config()?));
+        set_root_expiry(&authority, &hub);
+        let common = Common {
             hub: hub.clone(),
             authority: authority.clone(),
-            stop,
-            parts: JoinSet::new(),
+            tls: tls.clone(),
+            health: health.clone(),
+            stop: stopping.clone(),
         };
-        let readable = Arc::new(AtomicBool::new(true));
-        let mistakes = Arc::new(ArcSwap::from_pointee(mistakes(&reader)));
-        controller.part("manifests", {
-            let (hub, readable, mistakes) = (hub.clone(), readable.clone(), mistakes.clone());
-            provide(reader, watch, hub, readable, mistakes)
-        });
-        controller.part("certificate authority", {
-            rotate(authority.clone(), roots, hub.clone(), tls.clone())
-        });
-        controller.part("clock", tick(hub.clone()));
+        match provider {
+            Provider::Directory(following) => following.start(&mut parts, &common),
+            Provider::Kubernetes(following) => following.start(&mut parts, &common).await?,
+        }
+        parts.add("clock", tick(hub.clone()));
         let services = Services {
             hub: hub.clone(),
             authority: authority.clone(),
-            tokens: config.tokens.clone(),
+            tokens,
             tls,
         };
-        let stop = stopping.clone();
-        controller.part("gRPC server", async move {
-            if let Err(error) = serve::serve(listener, services, stop).await {
+        parts.add_ending("gRPC server", async move {
+            if let Err(error) = serve::serve(listener, services, stopping).await {
                 tracing::error!("gRPC server: {error}");
             }
         });
-        let status_hub = hub.clone();
-        controller.part("metrics server", {
+        parts.add("metrics server", {
+            let (hub, health) = (hub.clone(), health.clone());
             web::serve(metrics_listener, move |path| {
-                metrics_page(path, &metrics, &status_hub, &mistakes.load())
+                metrics_page(path, &metrics, &hub, &health.mistakes.lock())
             })
         });
-        controller.part("health server", {
-            web::serve(health_listener, move |path| {
-                let stopping = *stopping.borrow();
-                health_page(path, stopping, readable.load(Ordering::Relaxed), &authority)
-            })
-        });
+        health.set("start", None);
         tracing::info!(
-            address = %controller.address,
-            metrics = %controller.metrics_address,
-            health = %controller.health_address,
+            address = %address,
+            metrics = %metrics_address,
+            health = %health_address,
             "controller ready"
         );
-        Ok(controller)
+        Ok(Self {
+            hub,
+            authority,
+            address,
+            metrics_address,
+            health_address,
+            stop,
+            parts,
+        })
     }
 
     /// Where nodes connect.
@@ -179,7 +258,7 @@ impl Controller {
 
     /// Waits for a part to end, which none should.
     pub async fn failed(&mut self) -> RunError {
-        match self.parts.join_next().await {
+        match self.parts.running.join_next().await {
             Some(Ok(part)) => RunError::Part(part.into()),
             Some(Err(error)) => RunError::Part(format!("a part of the controller ({error})")),
             None => RunError::Part("every part".into()),
@@ -190,22 +269,52 @@ impl Controller {
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         let drained = async {
-            while let Some(ended) = self.parts.join_next().await {
-                if matches!(ended, Ok("gRPC server")) {
-                    break;
+            let mut ending = std::mem::take(&mut self.parts.ending);
+            while !ending.is_empty() {
+                match self.parts.running.join_next().await {
+                    Some(Ok(ended)) => ending.retain(|name| *name != ended),
+                    Some(Err(_)) => {}
+                    None => break,
                 }
             }
         };
         // A client that reads nothing must not keep us.
         let _ = tokio::time::timeout(STOP_WAIT, drained).await;
-        self.parts.shutdown().await;
+        self.parts.running.shutdown().await;
     }
+}
 
-    fn part(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
-        self.parts.spawn(async move {
+impl Parts {
+    fn add(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        self.running.spawn(async move {
             part.await;
             name
         });
+    }
+
+    /// One that ends when the controller is told to stop, and is waited for then.
+    fn add_ending(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        self.ending.push(name);
+        self.add(name, part);
+    }
+}
+
+impl Health {
+    /// What a part has to say against being ready; absent: nothing.
+    fn set(&self, part: &'static str, problem: Option<String>) {
+        let mut problems = self.problems.lock();
+        match problem {
+            Some(problem) => drop(problems.insert(part, problem)),
+            None => drop(problems.remove(part)),
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        let authority = self.authority.get();
+        if authority.is_some_and(|a| a.root_not_after() <= OffsetDateTime::now_utc()) {
+            return Some("the root certificate has expired".into());
+        }
+        self.problems.lock().values().next().cloned()
     }
 }
 
@@ -218,63 +327,35 @@ async fn listen(field: &'static str, address: SocketAddr) -> Result<TcpListener,
     })
 }
 
-fn read(reader: &mut Reader, changes: &Changes, metrics: &Metrics) -> std::io::Result<Objects> {
-    let read = reader.read(changes);
-    let result = match &read {
-        Err(_) => "failed",
-        Ok(_) if reader.mistakes().is_empty() => "ok",
-        Ok(_) => "mistakes",
-    };
-    metrics
-        .reloads
-        .get_or_create_owned(&Outcome { result })
-        .inc();
-    metrics
-        .manifest_mistakes
-        .set(reader.mistakes().len() as i64);
-    read
+/// Where roots are kept.
+trait RootSource: Send {
+    /// Waits until they may be others than before. Cancel safe.
+    fn changed(&mut self) -> impl Future<Output = ()> + Send;
+    /// Reads them.
+    fn read(&mut self) -> impl Future<Output = Result<Roots, CaError>> + Send;
 }
 
-async fn provide(
-    mut reader: Reader,
-    mut watch: Watch,
-    hub: Arc<Hub>,
-    readable: Arc<AtomicBool>,
-    told: Arc<ArcSwap<Vec<String>>>,
-) {
-    loop {
-        let changes = watch.changed().await;
-        match read(&mut reader, &changes, hub.metrics()) {
-            Ok(objects) => {
-                readable.store(true, Ordering::Relaxed);
-                told.store(Arc::new(mistakes(&reader)));
-                hub.set_objects(objects);
-            }
-            Err(error) => {
-                readable.store(false, Ordering::Relaxed);
-                tracing::error!("manifests cannot be read, the last ones stay in force: {error}");
-            }
-        }
-    }
-}
-
-fn mistakes(reader: &Reader) -> Vec<String> {
-    reader.mistakes().iter().map(ToString::to_string).collect()
-}
-
-/// Follows the authority's directory, and renews the controller's own certificate.
-async fn rotate(
-    authority: Arc<Authority>,
-    mut watch: Watch,
-    hub: Arc<Hub>,
-    tls: Arc<ArcSwap<ServerConfig>>,
-) {
+/// Follows the roots, and renews the controller's own certificate.
+async fn rotate(common: Common, mut source: impl RootSource) {
+    let Common {
+        hub,
+        authority,
+        tls,
+        ..
+    } = common;
     let mut renewal = tokio::time::interval(SERVER_RENEWAL);
     renewal.tick().await;
     // The snapshot that told the nodes of a root which does not sign yet.
     let mut pending: Option<u64> = None;
-    set_root_expiry(&authority, &hub);
+    // When to read again what could not be read.
+    let mut again: Option<Instant> = None;
     loop {
+        let changed = async {
+            match again {
+                Some(at) => drop(tokio::time::timeout_at(at, source.changed()).await),
+                None => source.changed().await,
+            }
+        };
         let held = async {
             match pending {
                 Some(seq) => hub.mesh_config_held(seq).await,
@@ -282,8 +363,10 @@ async fn rotate(
             }
         };
         tokio::select! {
-            _ = watch.changed() => match authority.reload() {
-                Ok(changed) => {
+            () = changed => match source.read().await {
+                Ok(roots) => {
+                    again = None;
+                    let changed = authority.take(roots);
                     if changed.bundle || (changed.pending && pending.is_none()) {
                         let seq = hub.set_bundle(authority.bundle());
                         tracing::info!("the trust bundle changed");
@@ -293,7 +376,10 @@ async fn rotate(
                         pending = None;
                     }
                 }
-                Err(error) => tracing::error!("{error}; the roots in use stay in force"),
+                Err(error) => {
+                    again = Some(Instant::now() + READ_AGAIN);
+                    tracing::error!("{error}; the roots in use stay in force");
+                }
             },
             () = held => {
                 authority.promote();
@@ -347,15 +433,11 @@ fn metrics_page(path: &str, metrics: &Metrics, hub: &Hub, mistakes: &[String]) -
     })
 }
 
-fn health_page(path: &str, stopping: bool, readable: bool, authority: &Authority) -> Option<Page> {
+fn health_page(path: &str, stopping: bool, health: &Health) -> Option<Page> {
     let problem = match path {
         "/healthz/live" => None,
-        "/healthz/ready" if stopping => Some("stopping"),
-        "/healthz/ready" if !readable => Some("the manifests cannot be read"),
-        "/healthz/ready" if authority.root_not_after() <= OffsetDateTime::now_utc() => {
-            Some("the root certificate has expired")
-        }
-        "/healthz/ready" => None,
+        "/healthz/ready" if stopping => Some("stopping".to_owned()),
+        "/healthz/ready" => health.problem(),
         _ => return None,
     };
     Some(Page {
@@ -364,10 +446,11 @@ fn health_page(path: &str, stopping: bool, readable: bool, authority: &Authority
             Some(_) => StatusCode::SERVICE_UNAVAILABLE,
         },
         content_type: "text/plain",
-        body: format!("{}\n", problem.unwrap_or("ok")),
+        body: format!("{}\n", problem.as_deref().unwrap_or("ok")),
     })
 }
 
 const STOP_WAIT: Duration = Duration::from_secs(2);
 /// The controller's own certificate lives a day.
 const SERVER_RENEWAL: Duration = Duration::from_secs(3600);
+const READ_AGAIN: Duration = Duration::from_secs(5);

@@ -8,7 +8,6 @@ mod discovery;
 mod peer;
 mod session;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +26,7 @@ use tonic::transport::Server;
 pub use peer::Peer;
 
 use crate::ca::Authority;
+use crate::ca::tokens::Tokens;
 use crate::hub::Hub;
 use crate::metrics::{Metrics, Outcome};
 use peer::Connection;
@@ -38,8 +38,8 @@ pub struct Services {
     pub hub: Arc<Hub>,
     /// Certificates.
     pub authority: Arc<Authority>,
-    /// File of bootstrap tokens.
-    pub tokens: PathBuf,
+    /// Judges the tokens of nodes.
+    pub tokens: Arc<dyn Tokens>,
     /// The TLS configuration of new connections; replaced on rotation.
     pub tls: Arc<ArcSwap<ServerConfig>>,
 }

@@ -15,6 +15,10 @@ pub const EXCLUDE_OUTBOUND_CIDRS: &str = "warren-mesh.io/exclude-outbound-cidrs"
 /// Annotation on a pod that terminates HBONE itself: `hbone`. It is not captured; meshed callers
 /// reach it over HBONE at its own address.
 pub const TUNNEL_ANNOTATION: &str = "warren-mesh.io/tunnel";
+/// Annotation on a pod, written by the controller: the addresses its agent registered, and its phase.
+pub const ENROLLED_ANNOTATION: &str = "warren-mesh.io/enrolled";
+/// Taint of nodes whose agent cannot enrol pods.
+pub const NOT_READY_TAINT: &str = "warren-mesh.io/not-ready";
 
 /// Warren's own namespace; never enrolled.
 pub const SYSTEM_NAMESPACE: &str = "warren-system";

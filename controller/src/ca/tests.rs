@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::LazyLock;
 
@@ -5,9 +6,18 @@ use tempfile::TempDir;
 
 use super::*;
 
-fn settings(dir: &TempDir) -> Settings {
+fn directory(dir: &TempDir) -> PathBuf {
+    dir.path().join("ca")
+}
+
+fn open(dir: &TempDir) -> Result<Authority, CaError> {
+    let settings = settings();
+    let roots = files::read(&directory(dir), &settings.trust_domain)?;
+    Ok(Authority::new(settings, roots))
+}
+
+fn settings() -> Settings {
     Settings {
-        directory: dir.path().join("ca"),
         trust_domain: "cluster.local".into(),
         leaf_lifetime: Duration::from_secs(24 * 3600),
         node_lifetime: Duration::from_secs(3600),
@@ -48,11 +58,10 @@ fn testdata(name: &str) -> String {
 
 fn open_with(cert: &str, key: &str) -> Result<(TempDir, Authority), CaError> {
     let dir = TempDir::new().unwrap();
-    let settings = settings(&dir);
-    std::fs::create_dir(&settings.directory).unwrap();
-    std::fs::write(settings.directory.join("root.crt"), cert).unwrap();
-    std::fs::write(settings.directory.join("root.key"), key).unwrap();
-    Authority::open(settings).map(|authority| (dir, authority))
+    std::fs::create_dir(directory(&dir)).unwrap();
+    std::fs::write(directory(&dir).join("root.crt"), cert).unwrap();
+    std::fs::write(directory(&dir).join("root.key"), key).unwrap();
+    open(&dir).map(|authority| (dir, authority))
 }
 
 fn csr() -> Vec<u8> {
@@ -82,21 +91,21 @@ fn verify(issued: &Issued) {
 fn a_root_is_made_once_and_its_key_is_private() {
     use std::os::unix::fs::PermissionsExt;
     let dir = TempDir::new().unwrap();
-    let authority = Authority::open(settings(&dir)).unwrap();
+    let authority = open(&dir).unwrap();
     verify(&authority.issue_workload(&identity(), &csr()).unwrap());
     let mode = |name: &str| {
-        let path = authority.directory().join(name);
+        let path = directory(&dir).join(name);
         std::fs::metadata(path).unwrap().permissions().mode() & 0o777
     };
     assert_eq!(
         (mode("root.key"), mode("root.crt"), mode("bundle.pem")),
         (0o600, 0o644, 0o644)
     );
-    let again = Authority::open(settings(&dir)).unwrap();
+    let again = open(&dir).unwrap();
     assert_eq!(again.bundle(), authority.bundle());
     // Another directory, another subject: equal ones confuse who looks for an issuer by name.
     let other = TempDir::new().unwrap();
-    let other = Authority::open(settings(&other)).unwrap();
+    let other = open(&other).unwrap();
     let subject = |a: &Authority| {
         let der = CertificateDer::from(a.bundle().remove(0));
         webpki::anchor_from_trusted_cert(&der)
@@ -114,15 +123,15 @@ fn roots_of_users_are_used_as_they_are() {
             testdata(&format!("{name}.crt")),
             testdata(&format!("{name}.key")),
         );
-        let (_dir, authority) = open_with(&cert, &key).unwrap();
+        let (dir, authority) = open_with(&cert, &key).unwrap();
         verify(&authority.issue_workload(&identity(), &csr()).unwrap());
         authority.server_config().unwrap();
         assert_eq!(
-            std::fs::read_to_string(authority.directory().join("root.crt")).unwrap(),
+            std::fs::read_to_string(directory(&dir).join("root.crt")).unwrap(),
             cert
         );
         assert_eq!(
-            std::fs::read_to_string(authority.directory().join("root.key")).unwrap(),
+            std::fs::read_to_string(directory(&dir).join("root.key")).unwrap(),
             key
         );
     }
@@ -135,7 +144,7 @@ fn an_unusable_root_is_refused_with_the_reason() {
         (
             ec.as_str(),
             rsa.as_str(),
-            "root.crt: root.key is not the key of this certificate",
+            "root.crt: the private key is not that of this certificate",
         ),
         (
             &testdata("not-a-ca.crt"),
@@ -159,10 +168,9 @@ fn an_unusable_root_is_refused_with_the_reason() {
     }
     for (present, missing) in [("root.crt", "root.key"), ("root.key", "root.crt")] {
         let dir = TempDir::new().unwrap();
-        let settings = settings(&dir);
-        std::fs::create_dir(&settings.directory).unwrap();
-        std::fs::write(settings.directory.join(present), "x").unwrap();
-        let error = Authority::open(settings).unwrap_err().to_string();
+        std::fs::create_dir(directory(&dir)).unwrap();
+        std::fs::write(directory(&dir).join(present), "x").unwrap();
+        let error = open(&dir).unwrap_err().to_string();
         assert!(error.contains(&format!("{missing}: is missing")), "{error}");
     }
 }
@@ -193,10 +201,11 @@ fn a_leaf_never_outlives_its_root() {
 #[test]
 fn extra_roots_are_trusted_and_do_not_sign() {
     let dir = TempDir::new().unwrap();
-    let authority = Authority::open(settings(&dir)).unwrap();
+    let authority = open(&dir).unwrap();
     let extra = testdata("rsa.crt") + &testdata("ec-p384.crt") + &testdata("rsa.crt");
-    std::fs::write(authority.directory().join("bundle-extra.pem"), extra).unwrap();
-    let changed = authority.reload().unwrap();
+    std::fs::write(directory(&dir).join("bundle-extra.pem"), extra).unwrap();
+    let reload = || authority.take(files::read(&directory(&dir), "cluster.local").unwrap());
+    let changed = reload();
     assert_eq!(
         changed,
         Changed {
@@ -207,7 +216,7 @@ fn extra_roots_are_trusted_and_do_not_sign() {
     assert_eq!(authority.bundle().len(), 3);
     verify(&authority.issue_workload(&identity(), &csr()).unwrap());
     assert_eq!(
-        authority.reload().unwrap(),
+        reload(),
         Changed {
             bundle: false,
             pending: false
@@ -218,7 +227,7 @@ fn extra_roots_are_trusted_and_do_not_sign() {
 #[test]
 fn keys_of_all_good_kinds_are_certified_and_weak_ones_are_not() {
     let dir = TempDir::new().unwrap();
-    let authority = Authority::open(settings(&dir)).unwrap();
+    let authority = open(&dir).unwrap();
     let request = |key: &KeyPair| CertificateParams::default().serialize_request(key).unwrap();
     for algorithm in [
         &rcgen::PKCS_ECDSA_P256_SHA256,

@@ -1,48 +1,71 @@
-//! Bootstrap tokens of the lab: a file of lines `<node> <proxy|agent> <token>`, `#` starts a comment.
+//! What a node shows to get its first certificate, and every one after it.
 //!
-//! In Kubernetes a projected service-account token takes its place.
+//! In Kubernetes that is a projected service-account token ([`TokenReviews`]), in the lab a bootstrap token
+//! from a file of lines `<node> <proxy|agent> <token>`, `#` starts a comment ([`TokenFile`]).
 
-use std::path::Path;
+mod review;
+
+use std::fmt;
+use std::path::PathBuf;
 
 use mesh_api::identity::NodeRole;
 use sha2::{Digest, Sha256};
 
+pub use review::TokenReviews;
+
+/// Judges tokens.
+#[tonic::async_trait]
+pub trait Tokens: fmt::Debug + Send + Sync {
+    /// Whether a token is good for a node and a role now.
+    async fn check(&self, node: &str, role: NodeRole, token: &str) -> Result<(), TokenError>;
+}
+
 /// Why a token is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// The file cannot be read.
-    #[error("tokens {path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// No line says so.
-    #[error("the token is not good for node {node} and role {role}")]
+    /// It cannot be judged now.
+    #[error("tokens cannot be judged: {0}")]
+    Unavailable(String),
+    /// It is good for something else, or for nothing.
+    #[error("the token is not good for node {node} and role {role}: {reason}")]
     Refused {
         /// The node that was claimed.
         node: String,
         /// The role that was claimed.
         role: NodeRole,
+        /// What is wrong with it.
+        reason: String,
     },
 }
 
-/// Checks a token against the file as it is now.
-pub async fn check(path: &Path, node: &str, role: NodeRole, token: &str) -> Result<(), TokenError> {
-    let text = tokio::fs::read_to_string(path)
-        .await
-        .map_err(|source| TokenError::Io {
-            path: path.display().to_string(),
-            source,
-        })?;
-    if accepts(&text, node, role, token) {
-        return Ok(());
+/// A file of bootstrap tokens, read at every use.
+#[derive(Debug)]
+pub struct TokenFile {
+    path: PathBuf,
+}
+
+impl TokenFile {
+    /// The file need not be there yet.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path }
     }
-    Err(TokenError::Refused {
-        node: node.into(),
-        role,
-    })
+}
+
+#[tonic::async_trait]
+impl Tokens for TokenFile {
+    async fn check(&self, node: &str, role: NodeRole, token: &str) -> Result<(), TokenError> {
+        let text = tokio::fs::read_to_string(&self.path)
+            .await
+            .map_err(|e| TokenError::Unavailable(format!("{}: {e}", self.path.display())))?;
+        if accepts(&text, node, role, token) {
+            return Ok(());
+        }
+        Err(TokenError::Refused {
+            node: node.into(),
+            role,
+            reason: "no line of the file says so".into(),
+        })
+    }
 }
 
 /// Looks at every line, and compares digests without stopping at a difference, so that the time taken says

@@ -126,6 +126,25 @@ impl Fleet {
             })
     }
 
+    /// Whether an agent of the node has a stream.
+    pub fn has_agent(&self, node: &str) -> bool {
+        let mut streams = self.streams.values();
+        streams.any(|s| s.role == NodeRole::Agent && s.node == node)
+    }
+
+    /// The newest snapshot that every proxy that counts holds; `None`: one has not come back.
+    pub fn acknowledged(&self, newest: u64, now: Instant) -> Option<u64> {
+        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
+        if away {
+            return None;
+        }
+        let counting = self.proxies().filter(|s| {
+            let behind = s.behind_since;
+            behind.is_none_or(|t| now.duration_since(t) < LEASE)
+        });
+        Some(counting.map(|s| s.progress.acked).min().unwrap_or(newest))
+    }
+
     /// Whether an agent of the node holds snapshot `seq`.
     pub fn agent_acked(&self, node: &str, seq: u64) -> bool {
         let mut agents = self.streams.values();

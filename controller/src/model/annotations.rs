@@ -5,10 +5,12 @@ use std::fmt;
 
 use ipnet::IpNet;
 use mesh_api::names::{
-    EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_CIDRS, EXCLUDE_OUTBOUND_PORTS, MESH_LABEL, MODE_LABEL,
-    TUNNEL_ANNOTATION,
+    ENROLLED_ANNOTATION, EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_CIDRS, EXCLUDE_OUTBOUND_PORTS,
+    MESH_LABEL, MODE_LABEL, TUNNEL_ANNOTATION,
 };
 use mesh_api::proto::mesh::Mode;
+
+use crate::enrolment::Recorded;
 
 /// A label or annotation with a value that means nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +61,18 @@ pub fn tunnel_annotation(annotations: &BTreeMap<String, String>) -> Result<bool,
             message: format!("expected hbone, found {other:?}"),
         }),
     }
+}
+
+/// Reads the annotation `warren-mesh.io/enrolled`, which the controller writes. A pod without has nothing
+/// recorded.
+pub(super) fn recorded(annotations: &BTreeMap<String, String>) -> Result<Recorded, FieldMistake> {
+    let Some(text) = annotations.get(ENROLLED_ANNOTATION) else {
+        return Ok(Recorded::default());
+    };
+    serde_json::from_str(text).map_err(|error| FieldMistake {
+        key: ENROLLED_ANNOTATION,
+        message: format!("expected what the controller writes: {error}"),
+    })
 }
 
 /// What a pod keeps out of the mesh. Sorted, without repetitions.

@@ -11,7 +11,9 @@ use mesh_api::identity::Identity;
 use mesh_api::names::{MESH_LABEL, SYSTEM_NAMESPACE};
 use mesh_api::proto::mesh::{Mode, Probe, probe};
 
-use super::{Exclusions, NamespaceDefaults, Settings, mesh_label, tunnel_annotation};
+use super::annotations::recorded;
+use super::{Exclusions, NamespaceDefaults, Settings, Warning, mesh_label, tunnel_annotation};
+use crate::enrolment::Recorded;
 
 /// A pod that is bound to a node and may be meshed.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +44,8 @@ pub struct Pod {
     pub probes: Vec<Probe>,
     /// The controller that owns it, else its own name.
     pub owner: String,
+    /// What its annotation says of its enrolment; only a cluster's counts.
+    pub recorded: Recorded,
 }
 
 impl Pod {
@@ -56,7 +60,7 @@ pub(super) fn build(
     manifest: &k8s::Pod,
     defaults: NamespaceDefaults,
     settings: &Settings,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> Option<Pod> {
     let (metadata, spec) = (&manifest.metadata, manifest.spec.as_ref()?);
     let namespace = metadata.namespace.clone()?;
@@ -67,7 +71,7 @@ pub(super) fn build(
     if spec.host_network == Some(true) || namespace == SYSTEM_NAMESPACE || finished {
         return None;
     }
-    let mut warn = |text: String| warnings.push(format!("Pod {namespace}/{name}: {text}"));
+    let mut warn = |text: String| warnings.push(Warning::new("Pod", &namespace, &name, text));
 
     let account = spec
         .service_account_name
@@ -83,6 +87,7 @@ pub(super) fn build(
     let none = BTreeMap::new();
     let annotations = metadata.annotations.as_ref().unwrap_or(&none);
     let label = metadata.labels.as_ref().and_then(|l| l.get(MESH_LABEL));
+    let label = label.filter(|_| !defaults.off);
     let opted_in = match label.map(|value| mesh_label(value)) {
         None => defaults.opted_in,
         Some(Ok(own)) => own,
@@ -102,8 +107,12 @@ pub(super) fn build(
     for mistake in mistakes {
         warn(format!("{mistake}; this probe is ignored"));
     }
+    let recorded = recorded(annotations)
+        .map_err(|mistake| warn(format!("{mistake}; it is enrolled anew")))
+        .unwrap_or_default();
     let addresses = status_addresses(manifest);
     Some(Pod {
+        recorded,
         owner: owner(manifest).unwrap_or_else(|| name.clone()),
         mode: defaults.mode,
         uid,

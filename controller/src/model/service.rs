@@ -7,11 +7,13 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use mesh_api::names::address_to_bytes;
 use mesh_api::proto::mesh::{Endpoint, EndpointPort, EndpointSlice, Service, ServicePort};
 
+use super::Warning;
+
 /// Label that says which Service a slice belongs to.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// `None`: it is an alias in DNS and has no address of its own.
-pub(super) fn service(manifest: &k8s::Service, warnings: &mut Vec<String>) -> Option<Service> {
+pub(super) fn service(manifest: &k8s::Service, warnings: &mut Vec<Warning>) -> Option<Service> {
     let namespace = manifest.metadata.namespace.clone()?;
     let name = manifest.metadata.name.clone()?;
     let spec = manifest.spec.as_ref()?;
@@ -34,9 +36,10 @@ pub(super) fn service(manifest: &k8s::Service, warnings: &mut Vec<String>) -> Op
         match text.parse::<IpAddr>() {
             Ok(address) if !addresses.contains(&address) => addresses.push(address),
             Ok(_) => {}
-            Err(_) => warnings.push(format!(
-                "Service {namespace}/{name}: {text:?} is no address and is ignored"
-            )),
+            Err(_) => {
+                let message = format!("{text:?} is no address and is ignored");
+                warnings.push(Warning::new("Service", &namespace, &name, message));
+            }
         }
     }
     let ports = spec
@@ -66,7 +69,7 @@ pub(super) fn service(manifest: &k8s::Service, warnings: &mut Vec<String>) -> Op
 /// `None`: the slice belongs to no Service or holds no addresses.
 pub(super) fn slice(
     manifest: &discovery::EndpointSlice,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> Option<EndpointSlice> {
     let namespace = manifest.metadata.namespace.clone()?;
     let name = manifest.metadata.name.clone()?;
@@ -93,9 +96,8 @@ pub(super) fn slice(
             continue;
         };
         let Ok(address) = text.parse() else {
-            warnings.push(format!(
-                "EndpointSlice {namespace}/{name}: {text:?} is no address and is ignored"
-            ));
+            let message = format!("{text:?} is no address and is ignored");
+            warnings.push(Warning::new("EndpointSlice", &namespace, &name, message));
             continue;
         };
         let conditions = endpoint.conditions.as_ref();
@@ -131,7 +133,7 @@ pub(super) fn slice(
 }
 
 /// The node's InternalIPs, the first of each family: where its tunnel listener is.
-pub(super) fn node_addresses(node: &k8s::Node, warnings: &mut Vec<String>) -> Vec<IpAddr> {
+pub(super) fn node_addresses(node: &k8s::Node, warnings: &mut Vec<Warning>) -> Vec<IpAddr> {
     let mut addresses: Vec<IpAddr> = Vec::new();
     let all = node
         .status
@@ -141,11 +143,14 @@ pub(super) fn node_addresses(node: &k8s::Node, warnings: &mut Vec<String>) -> Ve
         match address.address.parse::<IpAddr>() {
             Ok(ip) if addresses.iter().any(|a| a.is_ipv4() == ip.is_ipv4()) => {}
             Ok(ip) => addresses.push(ip),
-            Err(_) => warnings.push(format!(
-                "Node {}: InternalIP {:?} is no address and is ignored",
-                node.metadata.name.as_deref().unwrap_or_default(),
-                address.address
-            )),
+            Err(_) => {
+                let name = node.metadata.name.as_deref().unwrap_or_default();
+                let message = format!(
+                    "InternalIP {:?} is no address and is ignored",
+                    address.address
+                );
+                warnings.push(Warning::new("Node", "", name, message));
+            }
         }
     }
     addresses

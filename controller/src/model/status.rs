@@ -3,9 +3,12 @@
 //! One entry for each Service (or target) that an object names; types and reasons are those of the Gateway
 //! API (GEP-1294, GEP-1364, GEP-713).
 
+use std::fmt;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 
+use crate::providers::ObjectKey;
 use crate::providers::gateway::ParentReference;
 
 /// What there is to say of one object.
@@ -49,6 +52,32 @@ pub struct Condition {
     pub message: String,
 }
 
+/// What in an object could not be used, for the log and its owner.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Warning {
+    /// Which object.
+    pub object: ObjectKey,
+    /// What was expected.
+    pub message: String,
+}
+
+impl Warning {
+    pub(super) fn new(kind: &str, namespace: &str, name: &str, message: String) -> Self {
+        let object = ObjectKey {
+            kind: kind.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+        };
+        Self { object, message }
+    }
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.object, self.message)
+    }
+}
+
 impl ObjectStatus {
     pub(super) fn new(kind: &'static str, metadata: &ObjectMeta) -> Self {
         Self {
@@ -60,9 +89,18 @@ impl ObjectStatus {
         }
     }
 
+    /// Which object.
+    pub fn object(&self) -> ObjectKey {
+        ObjectKey {
+            kind: self.kind.into(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
+
     /// `Kind namespace/name`
     pub fn key(&self) -> String {
-        format!("{} {}/{}", self.kind, self.namespace, self.name)
+        self.object().to_string()
     }
 
     /// Whether there is nothing to complain of.
@@ -87,7 +125,7 @@ impl Condition {
         self
     }
 
-    pub(super) fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         let positive = matches!(self.kind, "Accepted" | "ResolvedRefs");
         (self.status == "True") == positive
     }

@@ -35,8 +35,9 @@ spec: {nodeName: n, containers: [{name: c}]}
 fn a_mode_that_does_not_exist_is_strict() {
     let model = build(&objects(Some((MODE_LABEL, "Strict")), POD), &settings());
     assert_eq!(model.pods["u"].mode, Mode::Strict);
+    let warnings: Vec<String> = model.warnings.iter().map(ToString::to_string).collect();
     assert_eq!(
-        model.warnings,
+        warnings,
         ["Namespace demo: warren-mesh.io/mode: expected permissive or strict, found \"Strict\""]
     );
 }
@@ -51,7 +52,9 @@ fn a_label_that_means_nothing_does_not_opt_in() {
     let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
     assert!(model.pods["u"].opted_in);
     assert!(
-        model.warnings[0].starts_with("Pod demo/web: warren-mesh.io/mesh: expected enabled or")
+        model.warnings[0]
+            .to_string()
+            .starts_with("Pod demo/web: warren-mesh.io/mesh: expected enabled or")
     );
 }
 
@@ -64,8 +67,9 @@ fn a_bad_probe_is_named_and_the_others_count() {
     );
     let model = build(&objects(None, &pod), &settings());
     assert_eq!(model.pods["u"].probes.len(), 1);
+    let warnings: Vec<String> = model.warnings.iter().map(ToString::to_string).collect();
     assert_eq!(
-        model.warnings,
+        warnings,
         [
             "Pod demo/web: spec.containers[0].livenessProbe: the container has no port named \
              \"http\"; this probe is ignored",
@@ -119,7 +123,11 @@ fn a_pod_that_cannot_have_an_identity_is_left_out_aloud() {
     let pod = POD.replace("spec: {", "spec: {serviceAccountName: 'a b', ");
     let model = build(&objects(Some((MESH_LABEL, "enabled")), &pod), &settings());
     assert!(model.pods.is_empty());
-    assert!(model.warnings[0].starts_with("Pod demo/web: is left out of the mesh: identity"));
+    assert!(
+        model.warnings[0]
+            .to_string()
+            .starts_with("Pod demo/web: is left out of the mesh: identity")
+    );
 }
 
 #[test]
@@ -159,7 +167,10 @@ fn what_a_pod_says_fits_the_packets_of_its_node() {
     let size = crate::resources::node_pod_of(&model, &model.pods["u"], None).encoded_len();
     assert!(size < mesh_api::seqpacket::MAX_BYTES * 3 / 4, "{size}");
     let said = |text: &str| {
-        let told = model.warnings.iter().any(|warning| warning.contains(text));
+        let told = model
+            .warnings
+            .iter()
+            .any(|warning| warning.to_string().contains(text));
         assert!(told, "{text}: {:?}", model.warnings);
     };
     said("exclude-outbound-cidrs: expected at most 128 entries, found 10000");

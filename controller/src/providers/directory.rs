@@ -9,9 +9,7 @@
 //! reported at once, each with file, line, object and field. Files are read in the order of their
 //! paths; the first of two documents that describe the same object wins and the other is a mistake.
 
-mod check;
 mod locate;
-mod object;
 mod parse;
 mod reader;
 
@@ -20,9 +18,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use object::{Object, ObjectKey};
 pub use parse::parse_text;
 pub use reader::Reader;
+
+pub use super::object::{Object, ObjectKey};
 
 /// One manifest of a file, read and checked.
 #[derive(Clone, Debug)]

@@ -256,7 +256,8 @@ fn render(model: &Model, snapshot: &Snapshot) -> String {
         }
     }
     writeln!(text, "\nnamespaces {:?}", snapshot.namespaces_of_node).unwrap();
-    for warning in model.warnings.iter().chain(&snapshot.warnings) {
+    let of_model = model.warnings.iter().map(ToString::to_string);
+    for warning in of_model.chain(snapshot.warnings.iter().cloned()) {
         writeln!(text, "warning {warning}").unwrap();
     }
     text

@@ -1,6 +1,5 @@
 //! The unary calls: certificates and enrolment.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use mesh_api::identity::{Identity, NodeIdentity, NodeRole};
@@ -14,17 +13,18 @@ use mesh_api::proto::control::{
 use tonic::{Request, Response, Status};
 
 use super::peer::node_of;
-use crate::ca::tokens::{self, TokenError};
+use crate::ca::tokens::{TokenError, Tokens};
 use crate::ca::{Authority, CaError, Issued};
 use crate::enrolment::RegisterError;
 use crate::hub::Hub;
 use crate::metrics::{Kind, Refusal};
+use crate::providers::is_dns_name;
 
 /// Signs what the caller has a right to.
 pub(super) struct CertificatesService {
     pub(super) hub: Arc<Hub>,
     pub(super) authority: Arc<Authority>,
-    pub(super) tokens: PathBuf,
+    pub(super) tokens: Arc<dyn Tokens>,
 }
 
 #[tonic::async_trait]
@@ -51,16 +51,16 @@ impl Certificates for CertificatesService {
             role,
         };
         // The name becomes part of a certificate: it must read back as what was checked.
-        if !is_node_name(&identity.node) {
+        if !is_dns_name(&identity.node) {
             let why = Status::invalid_argument("node is not the name of a node");
             return Err(self.refuse("node", "name", why));
         }
-        let checked = tokens::check(&self.tokens, &identity.node, role, &request.token).await;
-        if let Err(error) = checked {
+        let checked = self.tokens.check(&identity.node, role, &request.token);
+        if let Err(error) = checked.await {
             tracing::warn!("certificate of a node refused: {error}");
             let status = match &error {
                 TokenError::Refused { .. } => Status::unauthenticated(error.to_string()),
-                TokenError::Io { .. } => Status::unavailable("the tokens cannot be read"),
+                TokenError::Unavailable(_) => Status::unavailable("tokens cannot be judged now"),
             };
             return Err(self.refuse("node", "token", status));
         }
@@ -133,16 +133,6 @@ impl CertificatesService {
     }
 }
 
-/// DNS-1123 subdomain, as Kubernetes has it.
-fn is_node_name(name: &str) -> bool {
-    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
-    (1..=253).contains(&name.len())
-        && name.bytes().all(allowed)
-        && name
-            .split('.')
-            .all(|l| !l.is_empty() && !l.starts_with('-') && !l.ends_with('-'))
-}
-
 /// Takes what agents say of their pods.
 pub(super) struct EnrolmentService {
     pub(super) hub: Arc<Hub>,
@@ -172,6 +162,7 @@ impl Enrolment for EnrolmentService {
             .map_err(|e| match e {
                 RegisterError::NotFound { .. } => Status::not_found(e.to_string()),
                 RegisterError::AddressTaken { .. } => Status::failed_precondition(e.to_string()),
+                RegisterError::NotRecorded => Status::unavailable(e.to_string()),
             })?;
         Ok(Response::new(RegisterPodResponse { pod: Some(pod) }))
     }

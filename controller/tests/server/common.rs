@@ -227,12 +227,12 @@ pub(crate) fn config(dir: &TempDir) -> Config {
         listen: loopback,
         metrics_listen: loopback,
         health_listen: loopback,
-        tokens: dir.path().join("tokens"),
-        state_dir: dir.path().join("state"),
+        tokens: Some(dir.path().join("tokens")),
+        state_dir: Some(dir.path().join("state")),
         ..Config::default()
     };
-    config.provider.directory = dir.path().join("manifests");
-    config.ca.directory = dir.path().join("ca");
+    config.provider.directory = Some(dir.path().join("manifests"));
+    config.ca.directory = Some(dir.path().join("ca"));
     config
 }
 

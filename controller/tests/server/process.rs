@@ -32,13 +32,39 @@ fn every_mistake_in_the_configuration_is_named() {
         (
             "trustDomain: Cluster\nca: {directory: ca, leafLifetimeSeconds: 1}\nlog: '!='\n",
             vec![
-                "provider.directory: expected an absolute path",
+                "provider: expected one of directory and kubernetes",
                 "ca.directory: expected",
                 "tokens: expected",
                 "stateDir: expected",
                 "trustDomain: expected",
                 "ca.leafLifetimeSeconds: expected 60 to",
                 "log: ",
+            ],
+        ),
+        (
+            "provider: {directory: here}\nca: {secret: x}\n",
+            vec![
+                "provider.directory: expected an absolute path",
+                "ca.directory: expected an absolute path",
+                "tokens: expected an absolute path",
+                "stateDir: expected an absolute path",
+                "ca.secret: not used with provider.directory",
+            ],
+        ),
+        (
+            "provider: {directory: /x, kubernetes: {}}\n",
+            vec!["provider: expected one of directory and kubernetes, found both"],
+        ),
+        (
+            "provider: {kubernetes: {kubeconfig: here, meshName: A}}\ntokens: /t\nstateDir: /s\n\
+             ca: {directory: /c, secret: b_}\n",
+            vec![
+                "ca.directory: not used with provider.kubernetes",
+                "tokens: not used with provider.kubernetes",
+                "stateDir: not used with provider.kubernetes",
+                "provider.kubernetes.kubeconfig: expected an absolute path",
+                "provider.kubernetes.meshName: expected a name",
+                "ca.secret: expected a name",
             ],
         ),
         ("ca: {dir: /x}\n", vec!["unknown field `dir`"]),

@@ -13,10 +13,11 @@ use serde::de::DeserializeOwned;
 use serde_norway::Value;
 
 use super::locate::{Format, line_of};
-use super::object::{KINDS, Object, ObjectKey};
-use super::{Document, Mistake, Parsed, check};
+use super::{Document, Mistake, Object, ObjectKey, Parsed};
+use crate::providers::check;
 use crate::providers::field::{Step, display};
 use crate::providers::gateway::Custom;
+use crate::providers::object::KINDS;
 
 /// Reads the documents in `text`; `path` only names the file in mistakes and tells JSON by its ending.
 pub fn parse_text(path: &Path, text: &str) -> Parsed {

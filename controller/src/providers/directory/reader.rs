@@ -110,31 +110,15 @@ fn stamp(path: &Path) -> Option<Stamp> {
 fn objects<'a>(all: impl Iterator<Item = &'a Object>) -> Objects {
     let mut objects = Objects::default();
     for object in all {
-        let key = object.key();
-        let name = (key.namespace, key.name);
-        match object {
-            Object::Namespace(o) => drop(objects.namespaces.insert(name.1, o.clone())),
-            Object::Node(o) => drop(objects.nodes.insert(name.1, o.clone())),
-            Object::Service(o) => drop(objects.services.insert(name, o.clone())),
-            Object::EndpointSlice(o) => drop(objects.slices.insert(name, o.clone())),
-            Object::Pod(pod) => {
-                let mut pod = pod.clone();
-                if pod.metadata.uid.as_deref().unwrap_or_default().is_empty() {
-                    Arc::make_mut(&mut pod).metadata.uid = Some(uid(&name.0, &name.1));
-                }
-                objects.pods.insert(name, pod);
-            }
-            Object::HttpRoute(o) => drop(objects.http_routes.insert(name, o.clone())),
-            Object::GrpcRoute(o) => drop(objects.grpc_routes.insert(name, o.clone())),
-            Object::TlsRoute(o) => drop(objects.tls_routes.insert(name, o.clone())),
-            Object::TcpRoute(o) => drop(objects.tcp_routes.insert(name, o.clone())),
-            Object::BackendTrafficPolicy(o) => {
-                objects.backend_traffic_policies.insert(name, o.clone());
-            }
-            Object::TrafficPolicy(o) => drop(objects.traffic_policies.insert(name, o.clone())),
-            // Identities are named by pods; pods are made of Deployments elsewhere.
-            Object::ServiceAccount(_) | Object::Deployment(_) => {}
+        let mut object = object.clone();
+        if let Object::Pod(pod) = &mut object
+            && pod.metadata.uid.as_deref().unwrap_or_default().is_empty()
+        {
+            let metadata = &mut Arc::make_mut(pod).metadata;
+            let text = |name: &Option<String>| name.clone().unwrap_or_default();
+            metadata.uid = Some(uid(&text(&metadata.namespace), &text(&metadata.name)));
         }
+        objects.insert(object);
     }
     objects
 }

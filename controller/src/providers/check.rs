@@ -283,7 +283,7 @@ fn address(text: &str, path: Vec<Step>, found: &mut Vec<Found>) {
 }
 
 /// DNS-1123 subdomain.
-fn is_dns_name(name: &str) -> bool {
+pub(crate) fn is_dns_name(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     name.len() <= 253
         && name.split('.').all(|label| {

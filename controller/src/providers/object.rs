@@ -1,4 +1,4 @@
-//! The kinds of objects a manifest may hold, typed.
+//! The kinds of objects that a provider reads, typed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -156,7 +156,7 @@ impl Object {
 }
 
 /// The kinds that are read: kind, the versions that are taken, whether it lives in a namespace.
-pub(super) const KINDS: [(&str, &[&str], bool); 13] = [
+pub(crate) const KINDS: [(&str, &[&str], bool); 13] = [
     ("Namespace", &["v1"], false),
     ("ServiceAccount", &["v1"], true),
     ("Node", &["v1"], false),

@@ -1,0 +1,131 @@
+//! The taint `warren-mesh.io/not-ready`: no pods for nodes whose agent cannot enrol them.
+//!
+//! The replica that an agent reports to takes the taint from its node, or sets it again, and marks the node
+//! by the annotation `warren-mesh.io/ready`. A node that was never ready is known by the agent's pod on it, and
+//! tainted by the leader; nodes that no agent is to run on are left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, Taint};
+use kube::api::Patch;
+use kube::{Api, Client};
+use mesh_api::names::{MESH_LABEL, NOT_READY_TAINT, SYSTEM_NAMESPACE};
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::as_us;
+use crate::hub::Hub;
+use crate::providers::Objects;
+
+/// Sets and lifts taints, for as long as it is polled.
+pub async fn run(client: Client, hub: Arc<Hub>, leading: watch::Receiver<bool>) {
+    let nodes = Api::<Node>::all(client);
+    let (mut readiness, mut snapshots) = (hub.readiness_changes(), hub.snapshots());
+    loop {
+        readiness.borrow_and_update();
+        let reported = hub.readiness();
+        snapshots.borrow_and_update();
+        let leads = *leading.borrow();
+        for (name, ready) in to_change(&hub.objects(), &reported, leads) {
+            match set(&nodes, &name, ready).await {
+                Ok(()) => {
+                    let what = if ready { "is lifted" } else { "is set" };
+                    tracing::info!(node = name, "taint {NOT_READY_TAINT} {what}");
+                }
+                Err(error) => tracing::debug!(node = name, "taint: {error}"),
+            }
+        }
+        // An error means that the sender is gone.
+        let changed = async {
+            tokio::select! {
+                changed = readiness.changed() => changed.is_ok(),
+                changed = snapshots.changed() => changed.is_ok(),
+            }
+        };
+        match tokio::time::timeout(LOOK, changed).await {
+            Ok(false) => return,
+            Ok(true) => tokio::time::sleep(GATHERING).await,
+            Err(_) => {}
+        }
+    }
+}
+
+/// Nodes whose taint is not as it should be, and whether they are ready.
+fn to_change(
+    objects: &Objects,
+    reported: &BTreeMap<String, bool>,
+    leads: bool,
+) -> Vec<(String, bool)> {
+    let label = objects
+        .namespaces
+        .get(SYSTEM_NAMESPACE)
+        .and_then(|namespace| {
+            let labels = namespace.metadata.labels.as_ref()?;
+            labels.get(MESH_LABEL)
+        });
+    // The mesh is being taken down.
+    let leaving = label.is_some_and(|value| value == "disabled");
+    let agents: BTreeSet<&str> = objects
+        .pods
+        .range((SYSTEM_NAMESPACE.to_owned(), String::new())..)
+        .take_while(|((namespace, _), _)| namespace == SYSTEM_NAMESPACE)
+        .filter_map(|(_, pod)| pod.spec.as_ref())
+        .filter(|spec| spec.service_account_name.as_deref() == Some("warren-cni"))
+        .filter_map(|spec| spec.node_name.as_deref())
+        .collect();
+    let mut changes = Vec::new();
+    for (name, node) in &objects.nodes {
+        let tainted = taints(node).any(|t| t.key == NOT_READY_TAINT);
+        let annotations = node.metadata.annotations.as_ref();
+        let marked = annotations.is_some_and(|a| a.contains_key(READY));
+        match reported.get(name) {
+            Some(true) if tainted || !marked => changes.push((name.clone(), true)),
+            Some(false) if !leaving && (!tainted || marked) => changes.push((name.clone(), false)),
+            None if leads && !leaving && !marked && !tainted && agents.contains(&**name) => {
+                changes.push((name.clone(), false));
+            }
+            Some(_) | None => {}
+        }
+    }
+    changes
+}
+
+async fn set(nodes: &Api<Node>, name: &str, ready: bool) -> Result<(), kube::Error> {
+    let node = nodes.get(name).await?;
+    let kept = taints(&node).filter(|t| t.key != NOT_READY_TAINT).cloned();
+    let ours = (!ready).then(|| Taint {
+        key: NOT_READY_TAINT.into(),
+        effect: "NoSchedule".into(),
+        ..Taint::default()
+    });
+    let all: Vec<Taint> = kept.chain(ours).collect();
+    let mark = ready.then_some("true");
+    // The list is replaced whole: only on top of what was read.
+    let patch = json!({
+        "metadata": {
+            "resourceVersion": node.metadata.resource_version,
+            "annotations": { READY: mark },
+        },
+        "spec": { "taints": all },
+    });
+    nodes
+        .patch_metadata(name, &as_us(), &Patch::Merge(patch))
+        .await?;
+    Ok(())
+}
+
+fn taints(node: &Node) -> impl Iterator<Item = &Taint> {
+    let spec = node.spec.as_ref();
+    spec.and_then(|s| s.taints.as_ref()).into_iter().flatten()
+}
+
+/// Annotation of nodes whose agent said last that it can enrol pods.
+const READY: &str = "warren-mesh.io/ready";
+const GATHERING: Duration = Duration::from_millis(200);
+/// What could not be written is tried again.
+const LOOK: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+use serde_json::json;
+
+use super::*;
+use crate::fake_api::{Answer, client, failure};
+
+/// node-1 with an agent's pod, node-2 without.
+fn objects(tainted: bool, marked: bool, system_label: &str) -> Objects {
+    let mut objects = Objects::default();
+    let taints = if tainted {
+        json!([{ "key": NOT_READY_TAINT, "effect": "NoSchedule" }])
+    } else {
+        json!([])
+    };
+    for name in ["node-1", "node-2"] {
+        let annotations = if marked {
+            json!({ READY: "true" })
+        } else {
+            json!({})
+        };
+        let node = json!({
+            "metadata": { "name": name, "annotations": annotations }, "spec": { "taints": taints },
+        });
+        let node = Arc::new(serde_json::from_value(node).unwrap());
+        objects.nodes.insert(name.into(), node);
+    }
+    let namespace =
+        json!({ "metadata": { "name": "warren-system", "labels": { MESH_LABEL: system_label } } });
+    let namespace = Arc::new(serde_json::from_value(namespace).unwrap());
+    objects.namespaces.insert("warren-system".into(), namespace);
+    let pod = json!({
+        "metadata": { "name": "warren-cni-x", "namespace": "warren-system" },
+        "spec": { "nodeName": "node-1", "serviceAccountName": "warren-cni", "containers": [] },
+    });
+    let pod = Arc::new(serde_json::from_value(pod).unwrap());
+    let name = ("warren-system".to_owned(), "warren-cni-x".to_owned());
+    objects.pods.insert(name, pod);
+    objects
+}
+
+fn changes(objects: &Objects, report: Option<bool>, leads: bool) -> Vec<(String, bool)> {
+    let reported = report.map(|ready| ("node-1".to_owned(), ready));
+    to_change(objects, &reported.into_iter().collect(), leads)
+}
+
+#[test]
+fn the_report_of_an_agent_lifts_the_taint_and_sets_it() {
+    let node = |ready| vec![("node-1".to_owned(), ready)];
+    assert_eq!(
+        changes(&objects(true, false, "x"), Some(true), false),
+        node(true)
+    );
+    assert_eq!(
+        changes(&objects(false, false, "x"), Some(true), false),
+        node(true),
+        "marked"
+    );
+    assert_eq!(changes(&objects(false, true, "x"), Some(true), false), []);
+    assert_eq!(
+        changes(&objects(false, true, "x"), Some(false), false),
+        node(false)
+    );
+    assert_eq!(changes(&objects(true, false, "x"), Some(false), false), []);
+}
+
+#[test]
+fn the_leader_taints_nodes_that_wait_for_their_agent_and_no_others() {
+    let new = objects(false, false, "x");
+    assert_eq!(changes(&new, None, true), [("node-1".to_owned(), false)]);
+    assert_eq!(changes(&new, None, false), []);
+    assert_eq!(changes(&objects(false, true, "x"), None, true), []);
+    assert_eq!(
+        changes(&objects(false, false, "disabled"), None, true),
+        [],
+        "taken down"
+    );
+    assert_eq!(
+        changes(&objects(false, true, "disabled"), Some(false), true),
+        []
+    );
+}
+
+#[tokio::test]
+async fn the_taints_of_others_stay() {
+    let (client, asked) = client(|asked| match asked.method.as_str() {
+        "GET" => Answer::Json(
+            200,
+            json!({
+                "apiVersion": "v1", "kind": "Node",
+                "metadata": { "name": "node-1", "resourceVersion": "5" },
+                "spec": { "taints": [
+                    { "key": "example.com/gpu", "effect": "NoExecute" },
+                    { "key": NOT_READY_TAINT, "effect": "NoSchedule" },
+                ] },
+            }),
+        ),
+        "PATCH" => Answer::Json(
+            200,
+            json!({ "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {} }),
+        ),
+        _ => failure(405, "MethodNotAllowed"),
+    });
+    set(&Api::all(client), "node-1", true).await.unwrap();
+    let patch = asked.lock()[1].body.clone();
+    assert_eq!(
+        patch,
+        json!({
+            "metadata": { "resourceVersion": "5", "annotations": { READY: "true" } },
+            "spec": { "taints": [{ "key": "example.com/gpu", "effect": "NoExecute" }] },
+        })
+    );
+}
