@@ -344,6 +344,68 @@ fn a_pod_joins_and_leaves_while_its_connections_live_on() {
 }
 
 #[test]
+fn pods_that_ran_before_the_plugin_are_found_and_enrolled() {
+    on_a_node(
+        "pods_that_ran_before_the_plugin_are_found_and_enrolled",
+        |world| {
+            const UID: &str = "0b5fd1ac-2a32-4c1c-8a5f-0e86ae26a0d3";
+            let mut network = Network::new(&world, "bridge", "1.0.0");
+            // Not in the chain yet.
+            network.list["plugins"].as_array_mut().unwrap().pop();
+            let (web, client) = (world.sandbox("web"), world.sandbox("client"));
+            let web_addresses = addresses(&network.add(&web, UID).unwrap());
+            network.add(&client, "client").unwrap();
+            serve(&web, 8080);
+            let to = SocketAddr::new(web_addresses[0], 8080);
+            let mut early = Call::open(&client, to).unwrap();
+            let untouched = web.traces();
+
+            let Mesh {
+                controller,
+                agent,
+                proxy,
+                config,
+            } = mesh(&world);
+            let wanted = controller.pod(UID, true);
+            agent.says(wanted.clone());
+            // Of a namespace that is never asked about.
+            let system = NodePod {
+                uid: UID.replace('0', "1"),
+                namespace: "kube-system".into(),
+                ..wanted.clone()
+            };
+            agent.says(system);
+            let status = agent.node.status();
+            assert_eq!(status["notFound"], json!([format!("demo/{UID}")]));
+            world.process(4242, UID, &web);
+            eventually("enrolled", || {
+                controller.state_of(UID) == Some(PodState::Ready)
+            });
+            assert_eq!(agent.node.status()["notFound"], json!([]));
+            assert!(early.works(), "a connection from before enrolment");
+            let mut captured = Call::open(&client, to).unwrap();
+            assert_eq!(proxy.accepted().len(), 1);
+
+            // It is on record, by the runtime's name for its namespace: found again without the process.
+            agent.kill();
+            std::fs::remove_dir_all(config.cni.proc_dir.join("4242")).unwrap();
+            controller.forget_report();
+            let agent = RunningAgent::start(&config, &controller);
+            eventually("still enrolled", || {
+                controller.state_of(UID) == Some(PodState::Ready)
+            });
+            assert!(captured.works());
+
+            drop(captured);
+            agent.says(controller.pod(UID, false));
+            eventually("left", || phase(&config, UID) == Some(Phase::Direct));
+            assert!(early.works());
+            eventually("no trace", || web.traces() == untouched);
+        },
+    );
+}
+
+#[test]
 fn a_restarted_agent_is_given_the_listeners_back() {
     on_a_node("a_restarted_agent_is_given_the_listeners_back", |world| {
         let Mesh {

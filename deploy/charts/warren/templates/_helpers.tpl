@@ -108,8 +108,9 @@ prometheus.io/path: /metrics
   "controller" (include "warren.controllerAccess" . | fromYaml)
   "cni" (dict
     "confDir" (include "warren.path" (dict "root" . "key" "confDir"))
-    "binDir" (include "warren.path" (dict "root" . "key" "binDir")))
-  "procDir" "/host/proc"
+    "binDir" (include "warren.path" (dict "root" . "key" "binDir"))
+    "netnsDir" (include "warren.path" (dict "root" . "key" "netnsDir"))
+    "procDir" "/host/proc")
   "excludeNamespaces" .Values.cni.excludeNamespaces
   "log" .Values.logLevel
   "logFormat" .Values.logFormat -}}
