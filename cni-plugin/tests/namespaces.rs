@@ -843,7 +843,36 @@ fn uninstall_takes_every_pod_out_and_leaves_the_chain_as_it_was() {
             assert!(!captured.works());
             assert!(!list_file.exists() && conf_file.exists());
             assert!(!web.traces().contains("warren") && !web.traces().contains("0x111"));
-            assert!(!config.cni_socket.exists());
+            assert!(!config.cni_socket.exists() && !config.state_dir.exists());
+        },
+    );
+}
+
+#[test]
+fn a_node_is_not_ready_while_the_plugin_is_not_in_the_chain() {
+    on_a_node(
+        "a_node_is_not_ready_while_the_plugin_is_not_in_the_chain",
+        |world| {
+            let mut config = world.config();
+            config.cni.install = true;
+            let controller = FakeController::new();
+            let _agent = RunningAgent::start(&config, &controller);
+            let _proxy = Proxy::start(&config.broker_socket, "first");
+            let says = |ready: bool, reason: &str| {
+                let report = controller.report();
+                report.is_some_and(|r| r.ready == ready && r.reason.starts_with(reason))
+            };
+            eventually("only the chain is missing", || {
+                says(false, "no network configuration")
+            });
+            let list = json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "ptp"}]});
+            let file = config.cni.conf_dir.join("10-n.conflist");
+            std::fs::write(&file, list.to_string()).unwrap();
+            eventually("ready", || says(true, ""));
+            std::fs::remove_file(&file).unwrap();
+            eventually("not ready again", || {
+                says(false, "no network configuration")
+            });
         },
     );
 }
