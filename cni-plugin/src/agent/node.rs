@@ -529,7 +529,7 @@ impl Node {
             let running = self.running.clone();
             let search = move || Ok::<_, io::Error>(running.find(&uids, &Netns::host()?));
             let found = tokio::task::spawn_blocking(search).await;
-            let found = found.map_err(io::Error::other).flatten();
+            let found = found.map_err(io::Error::other).and_then(|found| found);
             match found {
                 Ok(found) => {
                     for (uid, netns) in found {

@@ -246,7 +246,7 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("trust-bundle", "no key", |f| {
         f.trust_bundle.as_mut().unwrap().data = None
     }),
-    ("root-expiry", "29 days", |f| {
+    ("root-expiry", "it ends in", |f| {
         f.trust_bundle = Some(object(bundle(30)))
     }),
     ("agents", "b", |f| {
