@@ -406,6 +406,37 @@ fn pods_that_ran_before_the_plugin_are_found_and_enrolled() {
 }
 
 #[test]
+fn a_pod_is_found_again_where_the_runtimes_path_leads_nowhere() {
+    on_a_node(
+        "a_pod_is_found_again_where_the_runtimes_path_leads_nowhere",
+        |world| {
+            let Mesh {
+                controller,
+                agent,
+                proxy: _proxy,
+                config,
+            } = mesh(&world);
+            let network = Network::new(&world, "ptp", "1.0.0");
+            controller.pod("web", true);
+            let mut web = world.sandbox("web");
+            // As /var/run/netns, which is a link where the runtime is, and nothing where the agent is.
+            let alias = world.directory.join("alias");
+            std::os::unix::fs::symlink("/run/netns", &alias).unwrap();
+            web.path = alias.join(&web.name);
+            network.add(&web, "web").unwrap();
+            std::fs::remove_file(&alias).unwrap();
+
+            agent.kill();
+            controller.forget_report();
+            let _agent = RunningAgent::start(&config, &controller);
+            eventually("still enrolled", || {
+                controller.state_of("web") == Some(PodState::Ready)
+            });
+        },
+    );
+}
+
+#[test]
 fn a_restarted_agent_is_given_the_listeners_back() {
     on_a_node("a_restarted_agent_is_given_the_listeners_back", |world| {
         let Mesh {

@@ -70,6 +70,9 @@ impl Node {
                     let pod = Pod::start(tools.clone(), netns, record.clone());
                     pods.insert(record.uid, pod);
                 }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::error!(uid = record.uid, name = record.name, %error, "a pod's network namespace cannot be opened; it is not looked after");
+                }
                 Err(error) => {
                     tracing::info!(uid = record.uid, name = record.name, %error, "a pod has gone while the agent was away");
                     store.remove(&record.uid)?;
@@ -141,12 +144,15 @@ impl Node {
             .iter()
             .map(|bytes| address_from_bytes(bytes))
             .collect();
+        // The runtime's path need not lead there in the agent's own mount namespace, where `netnsDir` is mounted.
+        let place = NetnsRecord {
+            path: (self.running.lasting(&netns)).unwrap_or_else(|| path.into()),
+            id: netns.id(),
+        };
+        let found = place.open().map(drop);
         let record = PodRecord {
             container_id,
-            netns: NetnsRecord {
-                path: path.into(),
-                id: netns.id(),
-            },
+            netns: place,
             addresses: addresses.ok_or_else(|| again("a malformed address".into()))?,
             registered: false,
             pod: None,
@@ -171,6 +177,12 @@ impl Node {
             );
             return Ok(());
         };
+        if let (true, Err(error)) = (word.enrolled, found) {
+            // It would be lost with this agent.
+            return Err(again(format!(
+                "its network namespace cannot be found again ({error}); is cni.netnsDir where the runtime has them?"
+            )));
+        }
         let settled = {
             let pods = self.pods.lock();
             let gone = || again("the runtime deleted it meanwhile".into());
@@ -246,7 +258,7 @@ impl Node {
     /// may be of another network than the pods', so it alone is not believed.
     pub fn collect(&self, valid_container_ids: &[String]) {
         for record in self.records() {
-            if !valid_container_ids.contains(&record.container_id) && record.netns.open().is_err() {
+            if !valid_container_ids.contains(&record.container_id) && record.netns.is_gone() {
                 self.forget(&record.uid, "the runtime no longer knows it");
             }
         }
@@ -596,7 +608,7 @@ impl Node {
         loop {
             tokio::time::sleep(COLLECT_INTERVAL).await;
             for record in self.records() {
-                if record.netns.open().is_err() {
+                if record.netns.is_gone() {
                     self.forget(&record.uid, "its network namespace is gone");
                 }
             }

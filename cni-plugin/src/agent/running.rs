@@ -50,7 +50,7 @@ impl Running {
     }
 
     /// The runtime's own name for the namespace: unlike a process, it is there as long as the sandbox.
-    fn lasting(&self, netns: &Netns) -> Option<PathBuf> {
+    pub fn lasting(&self, netns: &Netns) -> Option<PathBuf> {
         entries(&self.netns_dir)
             .find(|path| Netns::open(path).is_ok_and(|other| other.id() == netns.id()))
     }
