@@ -66,6 +66,14 @@ charts: ## the Helm charts: lint, every document against the Kubernetes schemas,
 	target/venv/bin/python deploy/manifests/make.py --check
 	target/venv/bin/python deploy/charts/tests/check.py target/release/warren
 
+fuzz: ## every parser and codec under libFuzzer, FUZZ_SECONDS (600) each; FUZZ_TARGETS="a b" for some
+	@scripts/install-deps.sh build
+	scripts/fuzz.sh $(or $(FUZZ_SECONDS),600) $(FUZZ_TARGETS)
+
+fuzz-smoke: ## the same for a fixed number of inputs, some 80 seconds and a build
+	@scripts/install-deps.sh build
+	FUZZ_RUNS=20000 scripts/fuzz.sh 4
+
 deny: ## licences, sources, bans and duplicates of dependencies
 	@scripts/install-deps.sh deny
 	cargo deny check bans licenses sources
@@ -74,4 +82,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke charts deny doc
+.PHONY: help build lab lab-down clean-lab check test test-long bench bench-micro bench-smoke charts fuzz fuzz-smoke deny doc

@@ -105,7 +105,7 @@ fn start_app() -> SocketAddr {
 
 /// One worker that serves one pod, whose address is the loopback's.
 fn start_proxy() -> Arc<Workers> {
-    let table = Table::new();
+    let table = Table::new("node-1");
     fixture::fill(
         &table,
         Kind::MeshConfig,

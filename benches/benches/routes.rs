@@ -44,7 +44,7 @@ fn routing(criterion: &mut Criterion) {
 
 /// A Service port with HTTPRoutes of a prefix, an exact path and a header match each.
 fn port_with(routes: usize) -> Arc<ServicePort> {
-    let table = Table::new();
+    let table = Table::new("node-1");
     let settings = vec![("mesh".into(), mesh_config())];
     fill(&table, Kind::MeshConfig, settings);
     let address = [10, 96, 0, 1].into();

@@ -49,7 +49,7 @@ fn lookups(criterion: &mut Criterion) {
 }
 
 fn full_table() -> Arc<Table> {
-    let table = Table::new();
+    let table = Table::new("node-1");
     fill(
         &table,
         Kind::MeshConfig,

@@ -19,6 +19,8 @@ use std::time::Duration;
 
 use crate::load::{Case, Plan};
 
+use arm::ROUTES;
+
 pub use arm::ArmName;
 pub use report::Report;
 
@@ -87,7 +89,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     }
     for repetition in 1..=options.repetitions {
         for plan in plans(options) {
-            for arm in &arms {
+            for arm in arms.iter().filter(|arm| arm.takes(&plan)) {
                 let run = measure::run(arm, &plan, repetition)?;
                 eprintln!("{repetition}/{} {}", options.repetitions, run.line());
                 report.runs.push(run);
@@ -99,24 +101,31 @@ pub fn run(options: &Options) -> Result<Report, Error> {
 }
 
 fn plans(options: &Options) -> Vec<Plan> {
-    [
-        (Case::Bulk, 1),
-        (Case::BulkDown, 1),
-        (Case::Requests, 1),
-        (Case::Requests, 64),
-        (Case::Open, 64),
-        (Case::Connect, 16),
-    ]
-    .into_iter()
-    .filter(|(case, _)| options.cases.contains(case))
-    .map(|(case, connections)| Plan {
-        case,
-        connections,
-        rate: options.rate,
-        warm_up: options.warm_up,
-        duration: options.duration,
-    })
-    .collect()
+    let mut cases = vec![
+        (Case::Bulk, 1, 0),
+        (Case::BulkDown, 1, 0),
+        (Case::Requests, 1, 0),
+        (Case::Requests, 64, 0),
+        (Case::Open, 64, 0),
+        (Case::Connect, 16, 0),
+    ];
+    for case in [Case::Http1, Case::Http2, Case::Grpc] {
+        cases.extend([1, 64, 1000].map(|connections| (case, connections, 0)));
+        let attached = ROUTES.into_iter().filter(|routes| *routes > 0);
+        cases.extend(attached.map(|routes| (case, 64, routes)));
+    }
+    cases
+        .into_iter()
+        .filter(|(case, ..)| options.cases.contains(case))
+        .map(|(case, connections, routes)| Plan {
+            case,
+            connections,
+            routes,
+            rate: options.rate,
+            warm_up: options.warm_up,
+            duration: options.duration,
+        })
+        .collect()
 }
 
 /// For `map_err`: says what was tried.

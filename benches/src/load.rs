@@ -5,6 +5,7 @@
 //! So the harness can read the proxies' counters exactly around the measured time.
 
 mod client;
+mod http2;
 mod latency;
 mod server;
 
@@ -45,6 +46,19 @@ pub enum Case {
     Connect,
     /// Connections that answered one request and then stay open.
     Idle,
+    /// As `Requests`, to a port whose requests a proxy looks into.
+    Http1,
+    /// The same in HTTP/2 with prior knowledge, one stream at a time on each connection.
+    Http2,
+    /// Unary gRPC calls, one at a time on each connection.
+    Grpc,
+}
+
+impl Case {
+    /// Whether a proxy is to look into the requests.
+    pub fn is_http(self) -> bool {
+        matches!(self, Self::Http1 | Self::Http2 | Self::Grpc)
+    }
 }
 
 /// One invocation of the client.
@@ -54,6 +68,8 @@ pub struct Plan {
     pub case: Case,
     /// Connections at once.
     pub connections: usize,
+    /// Routes attached to what the client addresses, for HTTP; the last one matches.
+    pub routes: usize,
     /// Requests per second, for [`Case::Open`].
     pub rate: u32,
     /// Load before the measured time.

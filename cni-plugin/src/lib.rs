@@ -6,6 +6,8 @@
 //! nothing here parses bytes that come from a pod.
 
 pub mod agent;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod plugin;
 #[allow(unsafe_code)]
 mod sys;

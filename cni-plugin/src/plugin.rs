@@ -16,6 +16,8 @@ use serde_json::value::RawValue;
 mod call;
 mod config;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod result;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,8 @@
 
 mod csr;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};

@@ -8,6 +8,8 @@
 pub mod ca;
 pub mod config;
 pub mod enrolment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod hub;
 pub mod metrics;
 pub mod model;

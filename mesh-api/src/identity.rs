@@ -71,7 +71,7 @@ impl FromStr for Identity {
             uri: uri.chars().take(300).collect(),
             why,
         };
-        if uri.len() > 2048 {
+        if uri.len() > MOST_BYTES {
             return Err(invalid("longer than 2048 bytes"));
         }
         let rest = uri
@@ -100,15 +100,13 @@ impl FromStr for Identity {
                 "is not <trust domain>/ns/<namespace>/sa/<service account>",
             ));
         }
-        let lower = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b);
-        if domain.is_empty() || !domain.bytes().all(lower) {
+        if !is_domain(domain) {
             return Err(invalid(
                 "has a trust domain that is empty or has characters other than a-z 0-9 . - _",
             ));
         }
-        let segment = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
         for part in [namespace, account] {
-            if part.is_empty() || part == "." || part == ".." || !part.bytes().all(segment) {
+            if !is_segment(part) {
                 return Err(invalid(
                     "has an empty or malformed namespace or service account",
                 ));
@@ -190,7 +188,7 @@ impl FromStr for NodeIdentity {
             [domain, "warren", "node", node, "agent"] => (domain, node, NodeRole::Agent),
             _ => ("", "", NodeRole::Proxy),
         };
-        if domain.is_empty() || node.is_empty() {
+        if uri.len() > MOST_BYTES || !is_domain(domain) || !is_segment(node) {
             return Err(InvalidIdentity {
                 uri: uri.chars().take(300).collect(),
                 why: "is not <trust domain>/warren/node/<node>/{proxy,agent}",
@@ -203,6 +201,21 @@ impl FromStr for NodeIdentity {
         })
     }
 }
+
+/// A trust domain (SPIFFE ID, section 2.1), without a port or user.
+fn is_domain(text: &str) -> bool {
+    let lower = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b);
+    !text.is_empty() && text.bytes().all(lower)
+}
+
+/// A segment of a path (SPIFFE ID, section 2.2).
+fn is_segment(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    !matches!(text, "" | "." | "..") && text.bytes().all(allowed)
+}
+
+/// Of a URI (SPIFFE ID, section 2.3).
+const MOST_BYTES: usize = 2048;
 
 /// A URI that is not an identity of the expected form.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -266,10 +279,17 @@ mod tests {
         };
         assert_eq!(id.to_string().parse::<NodeIdentity>().unwrap(), id);
         assert!("spiffe://td/ns/a/sa/b".parse::<NodeIdentity>().is_err());
-        assert!(
-            "spiffe://td/warren/node//proxy"
-                .parse::<NodeIdentity>()
-                .is_err()
-        );
+        let long = format!("spiffe://td/warren/node/{}/proxy", "n".repeat(2048));
+        for uri in [
+            "spiffe://td/warren/node//proxy",
+            "spiffe://td/warren/node/../proxy",
+            "spiffe://td/warren/node/a%2fb/proxy",
+            "spiffe://td/warren/node/a b/proxy",
+            "spiffe://td:1/warren/node/n/proxy",
+            "spiffe://TD/warren/node/n/proxy",
+            &long,
+        ] {
+            assert!(uri.parse::<NodeIdentity>().is_err(), "{uri}");
+        }
     }
 }

@@ -5,6 +5,8 @@
 pub mod client;
 pub mod config;
 pub mod errors;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod identity;
 pub mod names;
 pub mod proto;

@@ -92,7 +92,10 @@ impl Connection {
 
     /// Sends one message, waiting while the peer's buffer is full.
     pub async fn send(&self, message: &impl Message, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let bytes = message.encode_to_vec();
+        self.send_bytes(&message.encode_to_vec(), fds).await
+    }
+
+    pub(crate) async fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         if bytes.len() > MAX_BYTES || fds.len() > MAX_FDS {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -109,7 +112,7 @@ impl Connection {
             let sent = ready.try_io(|fd| {
                 let rights = [ControlMessage::ScmRights(&raw)];
                 let control = if raw.is_empty() { &[][..] } else { &rights[..] };
-                let payload = [IoSlice::new(&bytes)];
+                let payload = [IoSlice::new(bytes)];
                 Ok(sendmsg::<()>(
                     fd.as_raw_fd(),
                     &payload,

@@ -75,6 +75,8 @@ pub async fn run(
                     if let Some(worker) = turn.next() {
                         begin(worker, &capture, socket, peer);
                     }
+                    // Not the whole queue at once: others are to be served meanwhile.
+                    tokio::task::yield_now().await;
                 }
                 Err(error) => {
                     let reason = accept_error(&error);
@@ -105,26 +107,16 @@ fn begin(worker: &Arc<Worker>, capture: &Capture, socket: TcpStream, peer: Socke
             else {
                 return;
             };
-            worker.spawn(outbound::serve(
-                own,
-                Arc::clone(pod),
-                socket,
-                peer,
-                destination,
-            ));
+            let serving = outbound::serve(own, Arc::clone(pod), socket, peer, destination);
+            worker.spawn(Arc::clone(&pod.turns).take(serving));
         }
         Capture::Inbound(pod) => {
             let Some(destination) = destination(worker, Reporter::Destination, pod, &socket, peer)
             else {
                 return;
             };
-            worker.spawn(inbound::serve(
-                own,
-                Arc::clone(pod),
-                socket,
-                peer,
-                destination,
-            ));
+            let serving = inbound::serve(own, Arc::clone(pod), socket, peer, destination);
+            worker.spawn(Arc::clone(&pod.turns).take(serving));
         }
         Capture::Hbone(pod) => {
             worker.spawn_untracked(tunnel::serve::serve(

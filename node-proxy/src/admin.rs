@@ -171,6 +171,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         account,
         captured,
         rates: _,
+        turns: _,
     } = pod;
     let PodInfo {
         namespace,

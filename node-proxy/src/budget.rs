@@ -153,9 +153,11 @@ impl Account {
         self.refused[resource as usize].load(Ordering::Relaxed)
     }
 
-    /// Counts bytes of the pod that were no valid HTTP, by reason.
-    pub fn malformed(&self, reason: &'static str) {
-        *self.malformed.lock().entry(reason).or_default() += 1;
+    /// Counts what the pod sent that was no valid HTTP, or an attack, by reason.
+    pub fn malformed(&self, reason: &'static str, times: u64) {
+        if times > 0 {
+            *self.malformed.lock().entry(reason).or_default() += times;
+        }
     }
 
     /// How often bytes of the pod were no valid HTTP, by reason.
@@ -202,11 +204,25 @@ impl Charge {
         Ok(())
     }
 
+    /// Charges this much instead. On [`ProxyError::WorkloadLimit`] what was charged stays.
+    pub fn resize(&mut self, amount: usize) -> Result<(), ProxyError> {
+        if amount > self.amount {
+            return self.add(amount - self.amount);
+        }
+        self.release(self.amount - amount);
+        Ok(())
+    }
+
     /// Gives back a part; at most what was charged.
     pub fn release(&mut self, amount: usize) {
         let amount = amount.min(self.amount);
         self.amount -= amount;
         self.account.used[self.resource as usize].fetch_sub(amount, Ordering::Relaxed);
+    }
+
+    /// Whose it is.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     /// What this guard holds.

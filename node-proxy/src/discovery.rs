@@ -54,7 +54,7 @@ impl Discovery {
 
 /// Loads what is on disk and starts to follow the controller. Needs a tokio runtime.
 pub fn start(config: Config, registry: &mut Registry) -> Discovery {
-    let table = Table::new();
+    let table = Table::new(&config.controller.node);
     let path = config.state_dir.join(FILE);
     let log = match Log::open(&path) {
         Ok((kept, log)) => {

@@ -21,6 +21,7 @@ pub mod caller;
 pub mod connection;
 pub mod detect;
 pub mod fault;
+pub mod frames;
 pub mod h1;
 pub mod limits;
 mod mirror;

@@ -11,6 +11,8 @@ pub mod connections;
 pub mod deliver;
 pub mod discovery;
 pub mod flow;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod health;
 pub mod http;
 pub mod identity;
@@ -28,4 +30,5 @@ pub mod table;
 pub mod tcp;
 pub mod telemetry;
 pub mod tunnel;
+pub mod turns;
 pub mod worker;

@@ -19,6 +19,7 @@ use crate::budget::{Account, Limits};
 use crate::http::limits::Rates;
 use crate::identity::{Identities, IdentityGuard};
 use crate::stock::{Stock, Supply};
+use crate::turns::Turns;
 
 mod metrics;
 #[cfg(test)]
@@ -45,6 +46,8 @@ pub struct Pod {
     pub captured: Captured,
     /// What callers used up of its Services' rate limits.
     pub rates: Rates,
+    /// Its connections take turns with those of others.
+    pub turns: Arc<Turns>,
 }
 
 /// What the controller says of a pod of this node.
@@ -235,6 +238,7 @@ impl Pod {
             account,
             captured: Captured::default(),
             rates: Rates::default(),
+            turns: Arc::default(),
             info: ArcSwap::from_pointee(info),
         })
     }

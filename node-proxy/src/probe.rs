@@ -1,11 +1,12 @@
-//! Probes of the kubelet in strict mode: from the node's own addresses, exactly what the pod declares
-//! passes, and nothing else.
+//! Probes of the kubelet. In strict mode, from the node's own addresses exactly what the pod declares passes, and
+//! nothing else; otherwise that is not counted as a caller's.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::{Method, Request};
 use mesh_api::errors::ProxyError;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -15,7 +16,7 @@ use crate::deliver;
 use crate::pods::{Pod, PodInfo, ProbeKind};
 use crate::tcp::{self, finish_writing, with_scratch, write_some};
 
-mod grpc;
+pub(crate) mod grpc;
 
 /// A probe that takes longer has failed at the kubelet long before.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -45,6 +46,20 @@ pub async fn serve(
         Ok(result) => result,
         Err(_late) => Err(ProxyError::ConnectTimeout),
     }
+}
+
+/// Whether a request to this port is what the pod declares as a probe of it.
+pub fn is_declared<B>(info: &PodInfo, port: u16, request: &Request<B>) -> bool {
+    let path = request.uri().path_and_query().map(|path| path.as_str());
+    let declared = |kind: &ProbeKind| match kind {
+        ProbeKind::HttpGet(declared) => {
+            request.method() == Method::GET && path == Some(declared.as_str())
+        }
+        ProbeKind::Grpc(_) => path == Some(grpc::CHECK),
+        ProbeKind::TcpSocket => false,
+    };
+    let mut of_port = info.probes.iter().filter(|probe| probe.port == port);
+    of_port.any(|probe| declared(&probe.kind))
 }
 
 async fn probe(

@@ -33,6 +33,8 @@ use crate::http::route::{Backend, PortRules};
 
 mod decode;
 mod demand;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod log;
 mod model;
 mod target;
@@ -173,16 +175,20 @@ struct View {
     /// Several Services may share an external address.
     services: DashMap<IpAddr, Vec<Arc<Service>>>,
     node_ports: DashMap<u16, Arc<ServicePort>>,
-    /// By [`ServicePort::reference`].
-    ports: DashMap<Arc<str>, Arc<ServicePort>>,
+    /// The Service ports of which a pod's port is an endpoint, ready or not. Only this node's pods are asked for.
+    service_ports: DashMap<SocketAddr, Vec<Arc<ServicePort>>>,
     mesh: ArcSwap<Mesh>,
+    node: Arc<str>,
 }
 
 impl Table {
-    /// An empty table that is not loaded.
-    pub fn new() -> Arc<Table> {
+    /// An empty table of this node that is not loaded.
+    pub fn new(node: &str) -> Arc<Table> {
         Arc::new(Table {
-            view: View::default(),
+            view: View {
+                node: node.into(),
+                ..View::default()
+            },
             model: Mutex::default(),
             demand: Demand::new(),
             online: AtomicBool::new(false),
@@ -262,10 +268,17 @@ impl Table {
         }
     }
 
-    /// The Service port that is called so ([`ServicePort::reference`]).
-    pub fn service_port(&self, reference: &str) -> Option<Arc<ServicePort>> {
-        let found = self.view.ports.get(reference)?;
-        Some(Arc::clone(&found))
+    /// The Service ports of which a port of one of this node's pods is an endpoint.
+    pub fn service_ports(&self, endpoint: SocketAddr) -> Vec<Arc<ServicePort>> {
+        let found = self.view.service_ports.get(&endpoint);
+        found.map(|ports| ports.clone()).unwrap_or_default()
+    }
+
+    /// That of them which is called so ([`ServicePort::reference`]).
+    pub fn service_port(&self, endpoint: SocketAddr, reference: &str) -> Option<Arc<ServicePort>> {
+        let ports = self.view.service_ports.get(&endpoint)?;
+        let named = ports.iter().find(|port| *port.reference == *reference);
+        named.map(Arc::clone)
     }
 
     /// As [`Table::service`], asking the controller for what is not known. With the controller away or

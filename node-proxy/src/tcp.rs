@@ -21,6 +21,7 @@ use tokio::net::tcp::ReadHalf;
 
 use crate::budget::Charge;
 use crate::telemetry::Meter;
+use crate::turns::pause;
 
 /// Size of a thread's scratch buffer: what one read takes at most.
 pub const CHUNK: usize = 64 * 1024;
@@ -102,7 +103,9 @@ async fn pump(
     count: &Meter,
     buffered: &mut Charge,
 ) -> Result<(), Broken> {
+    let mut done = 0;
     loop {
+        pause(&mut done).await;
         let copy = |bytes: &[u8]| -> io::Result<_> {
             let written = write_some(to, bytes)?;
             Ok((bytes.len(), bytes[written..].to_vec()))
@@ -112,6 +115,7 @@ async fn pump(
             return Ok(finish_writing(to)?);
         }
         count.add(length);
+        done += length;
         if !rest.is_empty() {
             buffered.add(rest.len()).map_err(Broken::Limit)?;
             write_all(to, &rest).await?;

@@ -13,6 +13,8 @@ use mesh_api::errors::ProxyError;
 
 pub mod admission;
 pub mod dial;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod pool;
 pub mod relay;
 pub mod serve;

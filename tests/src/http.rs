@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::cgroup::CpuGroup;
 use crate::lab::{Lab, PodRef};
 use crate::process::Background;
 use crate::scenario::{Scenario, binary};
@@ -79,6 +80,23 @@ impl RequestReport {
 pub fn requests(lab: &Lab, pod: PodRef<'_>, args: &[&str]) -> RequestReport {
     let program = binary("mesh-requests").display().to_string();
     let command = [&[program.as_str()], args].concat();
+    let done = lab
+        .exec_within(pod, &command, Duration::from_secs(120))
+        .expect_ok();
+    report(&done.stdout)
+}
+
+/// [`requests`] with the processor time of the group.
+#[track_caller]
+pub fn requests_within(
+    lab: &Lab,
+    pod: PodRef<'_>,
+    group: &CpuGroup,
+    args: &[&str],
+) -> RequestReport {
+    let program = binary("mesh-requests").display().to_string();
+    let command = group.around(&[&[program.as_str()], args].concat());
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
     let done = lab
         .exec_within(pod, &command, Duration::from_secs(120))
         .expect_ok();

@@ -8,6 +8,7 @@
 //! A step that fails panics: in a test that is the report. Diagnostics of the lab are printed then.
 
 pub mod capture;
+pub mod cgroup;
 pub mod host;
 pub mod http;
 pub mod lab;

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::CpuGroup;
 use crate::lab::{Lab, PodRef};
 use crate::process::Background;
 use crate::scenario::{Scenario, binary};
@@ -126,6 +127,21 @@ impl HoldReport {
     }
 }
 
+/// What a `mesh-noise` got done.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NoiseReport {
+    /// Connections that were opened and answered.
+    pub connections: u64,
+    /// Most of them that were held at once.
+    pub most_held: u64,
+    /// Huge heads that were answered.
+    pub heads: u64,
+    /// Slow bodies that were begun.
+    pub bodies: u64,
+    /// What was begun and did not go on: refused, reset, not answered.
+    pub failed: u64,
+}
+
 /// A client in a pod that runs until it is told to stop.
 #[derive(Debug)]
 pub struct Running {
@@ -178,6 +194,22 @@ impl Running {
         )
     }
 
+    /// A `mesh-noise` with these arguments, its processor time bounded by `group`.
+    #[track_caller]
+    pub fn noise(
+        s: &Scenario,
+        lab: &Lab,
+        pod: PodRef<'_>,
+        group: &CpuGroup,
+        args: &[&str],
+    ) -> Self {
+        let stop = s.fresh_path("stop");
+        let program = binary("mesh-noise").display().to_string();
+        let stop_text = stop.display().to_string();
+        let command = [&[program.as_str(), "--stop", &stop_text], args].concat();
+        Self::exec(lab, pod, &group.around(&command), stop, "noisy")
+    }
+
     #[track_caller]
     fn start(
         s: &Scenario,
@@ -193,6 +225,18 @@ impl Running {
         let mut command = vec![program.as_str()];
         command.extend_from_slice(args);
         command.extend_from_slice(&["--stop", &stop_text]);
+        Self::exec(lab, pod, &command, stop, ready)
+    }
+
+    #[track_caller]
+    fn exec<C: AsRef<str>>(
+        lab: &Lab,
+        pod: PodRef<'_>,
+        command: &[C],
+        stop: PathBuf,
+        ready: &str,
+    ) -> Self {
+        let command: Vec<&str> = command.iter().map(AsRef::as_ref).collect();
         let mut process = lab.exec_background(pod, &command);
         process.wait_for_line(Duration::from_secs(60), |line| line.starts_with(ready));
         Self { process, stop }

@@ -36,6 +36,39 @@ pub fn nginx(s: &Scenario, text: &str) -> Vec<String> {
     .to_vec()
 }
 
+/// nginx on port 80, and with TLS on 443: answers `<name> to <server name>`. Returns the command and its certificate, which
+/// is its own root and good for `example.com`, `*.example.com` and `*.deep.example.com`.
+pub fn nginx_tls(s: &Scenario, name: &str) -> (Vec<String>, PathBuf) {
+    let directory = s.fresh_path(&format!("nginx-tls-{name}"));
+    std::fs::create_dir(&directory).expect("the scenario's directory can be written");
+    let at = directory.display();
+    let (certificate, key) = (directory.join("crt"), directory.join("key"));
+    let names = ["", "*.", "*.deep."].map(|prefix| format!("{prefix}example.com"));
+    let made = rcgen::generate_simple_self_signed(names).expect("a certificate can be made");
+    for (file, text) in [
+        (&certificate, made.cert.pem()),
+        (&key, made.signing_key.serialize_pem()),
+    ] {
+        std::fs::write(file, text).expect("the scenario's directory can be written");
+    }
+    let configuration = format!(
+        "user root; worker_processes 1; daemon off; pid {at}/pid; error_log stderr warn;\n\
+         events {{ worker_connections 1024; }}\n\
+         http {{\n\
+           access_log off; client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f;\n\
+           uwsgi_temp_path {at}/u; scgi_temp_path {at}/s;\n\
+           ssl_certificate {at}/crt; ssl_certificate_key {at}/key;\n\
+           server {{ listen 80; listen [::]:80; listen 443 ssl; listen [::]:443 ssl;\n\
+             location / {{ return 200 \"{name} to $ssl_server_name\\n\"; }} }}\n\
+         }}\n"
+    );
+    let file = directory.join("nginx.conf");
+    std::fs::write(&file, configuration).expect("the scenario's directory can be written");
+    let file = file.display().to_string();
+    let command = ["/usr/sbin/nginx", "-e", "stderr", "-c", &file].map(str::to_owned);
+    (command.to_vec(), certificate)
+}
+
 /// nginx with files on disk: HTTP/1 on port 80, HTTP/2 with prior knowledge on 81. `/large` has
 /// [`LARGE`] bytes, `/small` a line, `/text` is sent in chunks to whom it may be compressed for.
 pub fn nginx_files(s: &Scenario) -> Vec<String> {

@@ -62,6 +62,30 @@ fn malformed_requests_are_refused_and_nothing_is_smuggled() {
         );
         let seen = admin(&lab, FAR, "/count", None);
         assert!(seen["paths"]["/smuggled"].is_null(), "{seen}");
+        for reason in [
+            "version",
+            "header_name",
+            "header_value",
+            "bare_line_feed",
+            "host",
+            "content_length",
+            "length_and_encoding",
+            "transfer_encoding",
+            "coding",
+            "head_too_large",
+            "too_many_headers",
+        ] {
+            expect_counted(&lab, reason);
+        }
+        // What comes behind a good head is counted with its request.
+        let bodies = lab.metrics("node-1").sum(
+            "warren_http_requests_total",
+            &[
+                ("source_workload", "attacker"),
+                ("response_flags", "malformed_request"),
+            ],
+        );
+        assert!(bodies > 0.0);
         watch.check("malformed requests");
         watch.end();
     });
@@ -85,6 +109,7 @@ fn slow_heads_end() {
                 "{shape}"
             );
         }
+        expect_counted(&lab, "slow_head");
         watch.check("slow heads");
         watch.end();
     });
@@ -95,25 +120,28 @@ fn floods_bombs_and_readers_that_do_not_read() {
     scenario(Duration::from_secs(420), |s| {
         let lab = attacked(s);
         let mut watch = Watch::begin(s, &lab);
-        // Attack, whether the server must end the connection (or refuse every stream) by itself.
-        for (attack, must_end) in [
-            ("rapid_reset", true),
-            ("open_streams", false),
-            ("continuation", true),
-            ("empty_continuation", true),
-            ("settings", false),
-            ("ping", false),
-            ("unread_ping", false),
-            ("window", false),
-            ("window_overflow", true),
-            ("priority", false),
-            ("empty_data", false),
-            ("hpack_bomb", false),
-            ("large_headers", false),
-            ("zero_window", false),
-            ("no_reader", false),
-            ("broken", true),
+        // Attack, whether the server must end the connection (or refuse every stream) by itself, and what it is counted as
+        // (of readers that do not read only after five minutes).
+        for (attack, must_end, reasons) in [
+            ("rapid_reset", true, &["http2"][..]),
+            ("open_streams", false, &["stream", "http2"]),
+            ("continuation", true, &["http2"]),
+            ("empty_continuation", true, &["http2", "flood"]),
+            ("settings", true, &["flood"]),
+            ("ping", true, &["flood"]),
+            ("unread_ping", true, &["flood"]),
+            ("window", true, &["flood"]),
+            ("window_overflow", true, &["http2"]),
+            ("priority", true, &["flood"]),
+            ("empty_data", true, &["flood", "http2"]),
+            ("hpack_bomb", false, &["stream", "http2"]),
+            ("large_headers", false, &["stream", "http2"]),
+            ("zero_window", false, &[]),
+            ("no_reader", false, &[]),
+            ("broken", true, &["http2"]),
         ] {
+            let counted = || -> f64 { reasons.iter().map(|reason| malformed(&lab, reason)).sum() };
+            let before = counted();
             let said = run(
                 &lab,
                 "hostile_http2.py",
@@ -144,6 +172,16 @@ fn floods_bombs_and_readers_that_do_not_read() {
                     "FLOW_CONTROL_ERROR: {said}"
                 ),
                 _ => {}
+            }
+            if !reasons.is_empty() {
+                wait_until(attack, Duration::from_secs(10), || {
+                    let now = counted();
+                    if now > before {
+                        Ok(())
+                    } else {
+                        Err(format!("counted as {reasons:?}: {now}, {before} before"))
+                    }
+                });
             }
             watch.check(attack);
         }
@@ -192,6 +230,28 @@ fn forged_headers_of_the_mesh_do_not_arrive() {
             );
         }
     });
+}
+
+/// How often the attacker's node counted that against it.
+fn malformed(lab: &Lab, reason: &str) -> f64 {
+    let labels = [
+        ("namespace", "demo"),
+        ("pod", "attacker"),
+        ("reason", reason),
+    ];
+    lab.metrics("node-1")
+        .sum("warren_workload_malformed_total", &labels)
+}
+
+#[track_caller]
+fn expect_counted(lab: &Lab, reason: &str) {
+    let counted = malformed(lab, reason);
+    let metrics = lab.metrics("node-1");
+    assert!(
+        counted > 0.0,
+        "{reason}: {}",
+        metrics.describe("warren_workload_malformed_total")
+    );
 }
 
 /// An attacker and a quiet client on node 1, a server on node 2 and one on node 1.
@@ -278,9 +338,16 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// The quiet workload was served all the time.
+    /// The quiet workload was served all the time, and nothing counts against anyone but the attacker.
     #[track_caller]
     fn end(self) {
+        for node in NODES {
+            let metrics = self.lab.metrics(node);
+            let name = "warren_workload_malformed_total";
+            let all = metrics.sum(name, &[]);
+            let attacker = metrics.sum(name, &[("pod", "attacker")]);
+            assert_eq!(all, attacker, "{node}: {}", metrics.describe(name));
+        }
         for load in self.quiet {
             let report = load.stop();
             report.expect_no_failure("traffic beside the attacks");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use warren_tests::http::{HTTP, admin, curl, requests};
 use warren_tests::lab::{Lab, PodRef};
-use warren_tests::manifest::{Pod, account, meshed_namespace, service};
+use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service};
 use warren_tests::routes::{CLIENT, front, http_route, wait_for_route};
 use warren_tests::scenario::{Scenario, scenario};
 use warren_tests::wait::wait_until;
@@ -240,6 +240,57 @@ fn limits_and_rates() {
             &["http://none/", "--rate", "200", "--seconds", "2"],
         );
         report.expect_no_failure("the rate is the policy's Service's alone");
+    });
+}
+
+#[test]
+fn rates_bind_every_caller() {
+    scenario(Duration::from_secs(120), |s| {
+        let rate = json!({"rateLimit": {"perCaller": {"requests": 20, "burst": 5}}});
+        let lab = lab_with(s, &[("rate", rate)]);
+        let outside = ("plain", "outside");
+        lab.apply(&[
+            namespace("plain", &[]),
+            account("plain", "outside"),
+            Pod::idle("plain", "outside", "node-1"),
+        ])
+        .expect_ok();
+        wait_until("the pod outside the mesh", Duration::from_secs(20), || {
+            let pods = lab.pods();
+            let there = pods
+                .iter()
+                .any(|pod| pod.name == "outside" && pod.pid.is_some());
+            if there { Ok(()) } else { Err("not there yet") }
+        });
+        let limited = |from: PodRef<'_>, to: &str, pods: f64| {
+            let args = [to, "--rate", "200", "--seconds", "3"];
+            let report = requests(&lab, from, &args);
+            let what = format!("{from:?} to {to}: {:?}", report.statuses);
+            println!("{what}");
+            assert!(report.failed.is_empty(), "{what}: {report:#?}");
+            let (allowed, ok) = (20. * 3. + 5., report.ok as f64);
+            assert!(ok < pods * allowed * 1.15, "{pods} of {allowed}: {what}");
+            assert!(ok > allowed * 0.5, "at least one of {allowed}: {what}");
+            assert_eq!(report.ok + report.causes["rate_limited"], report.started);
+        };
+        // Around the Service: by the pods' own addresses, on either node.
+        for server in &SERVERS[..2] {
+            let url = format!("http://{}:{HTTP}/", lab.pod(*server).v4());
+            limited(CLIENT, &url, 1.);
+            limited(outside, &url, 1.);
+        }
+        // Its endpoint is chosen for each connection, of which there may be several.
+        let service = lab.service_ips(("demo", "rate"));
+        let v4 = service.iter().find(|ip| ip.is_ipv4());
+        let url = format!("http://{}/", v4.expect("the Service has an IPv4 address"));
+        limited(outside, &url, 3.);
+        // Another Service of the same pods may be called as before.
+        let report = requests(
+            &lab,
+            CLIENT,
+            &["http://web/", "--rate", "200", "--seconds", "2"],
+        );
+        report.expect_no_failure("a Service without a policy");
     });
 }
 

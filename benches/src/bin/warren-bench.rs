@@ -40,14 +40,14 @@ struct RunArguments {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "direct,envoy,direct-lab,warren"
+        default_value = "direct,envoy,direct-lab,warren,warren-same-node"
     )]
     arms: Vec<ArmName>,
     /// Which cases; `idle` is the measurement of memory.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "bulk,bulk-down,requests,open,connect,idle"
+        default_value = "bulk,bulk-down,requests,open,connect,http1,http2,grpc,idle"
     )]
     cases: Vec<Case>,
     /// Measured seconds of each run.
@@ -155,6 +155,7 @@ fn load(arguments: LoadArguments) -> Result<(), String> {
     let plan = Plan {
         case: arguments.case,
         connections: arguments.connections,
+        routes: 0,
         rate: arguments.rate,
         warm_up: seconds(arguments.warm_up)?,
         duration: seconds(arguments.seconds)?,

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::envoy::Envoys;
+use super::envoy::{self, Envoys};
 use super::netns::Pair;
 use super::process::{Process, in_namespace};
-use super::warren::Lab;
+use super::warren::{Lab, Side};
 use super::{Error, Options, io};
+use crate::load::{Case, Plan};
 
 /// Which way.
 #[derive(
@@ -36,6 +37,8 @@ pub enum ArmName {
     DirectLab,
     /// Meshed pods on two nodes of the lab, by Service address.
     Warren,
+    /// Meshed pods on one node of the lab, by Service address.
+    WarrenSameNode,
 }
 
 impl fmt::Display for ArmName {
@@ -45,6 +48,7 @@ impl fmt::Display for ArmName {
             Self::Envoy => "envoy",
             Self::DirectLab => "direct-lab",
             Self::Warren => "warren",
+            Self::WarrenSameNode => "warren-same-node",
         })
     }
 }
@@ -54,8 +58,6 @@ pub(super) struct Arm {
     pub(super) name: ArmName,
     /// Namespace the client runs in.
     pub(super) client: PathBuf,
-    /// What the client dials.
-    pub(super) target: SocketAddr,
     /// Process ids of each proxy with all its children: the caller's, the callee's.
     pub(super) proxies: Vec<Vec<u32>>,
     keeper: Keeper,
@@ -76,6 +78,30 @@ enum Keeper {
 }
 
 impl Arm {
+    /// What the client dials.
+    pub(super) fn target(&self, plan: &Plan) -> SocketAddr {
+        match self.name {
+            ArmName::Direct => TARGET,
+            ArmName::Envoy if plan.case.is_http() => {
+                let port = envoy::http_port(plan.case != Case::Http1, plan.routes);
+                SocketAddr::new(TARGET.ip(), port)
+            }
+            ArmName::Envoy => TARGET,
+            ArmName::DirectLab => Lab::target(Side::Plain, plan),
+            ArmName::Warren => Lab::target(Side::Meshed, plan),
+            ArmName::WarrenSameNode => Lab::target(Side::SameNode, plan),
+        }
+    }
+
+    /// Whether the plan says anything about this arm.
+    pub(super) fn takes(&self, plan: &Plan) -> bool {
+        match self.name {
+            ArmName::Envoy | ArmName::Warren => true,
+            ArmName::Direct | ArmName::DirectLab => plan.routes == 0,
+            ArmName::WarrenSameNode => plan.case.is_http() && plan.routes == 0,
+        }
+    }
+
     /// What the report should say about it, read after the runs: versions, the negotiated cipher.
     pub(super) fn facts(&self) -> Vec<(String, String)> {
         match &self.keeper {
@@ -96,16 +122,19 @@ pub(super) fn start(options: &Options) -> Result<Vec<Arm>, Error> {
         arms.push(match name {
             ArmName::Direct => direct(options)?,
             ArmName::Envoy => envoy(options)?,
-            ArmName::DirectLab | ArmName::Warren => {
+            ArmName::DirectLab | ArmName::Warren | ArmName::WarrenSameNode => {
                 let lab = match &lab {
                     Some(lab) => lab.clone(),
                     None => lab.insert(std::rc::Rc::new(Lab::up(options)?)).clone(),
                 };
-                let way = lab.way(name == ArmName::Warren)?;
+                let way = lab.way(match name {
+                    ArmName::Warren => Side::Meshed,
+                    ArmName::WarrenSameNode => Side::SameNode,
+                    _ => Side::Plain,
+                })?;
                 Arm {
                     name,
                     client: way.client,
-                    target: way.target,
                     proxies: way.proxies,
                     keeper: Keeper::Lab(lab),
                 }
@@ -121,7 +150,6 @@ fn direct(options: &Options) -> Result<Arm, Error> {
     Ok(Arm {
         name: ArmName::Direct,
         client: pair.client.path(),
-        target: TARGET,
         proxies: Vec::new(),
         keeper: Keeper::Direct {
             _server: server,
@@ -137,7 +165,6 @@ fn envoy(options: &Options) -> Result<Arm, Error> {
     Ok(Arm {
         name: ArmName::Envoy,
         client: pair.client.path(),
-        target: TARGET,
         proxies: envoys.pids().map(|pid| vec![pid]).to_vec(),
         keeper: Keeper::Envoy {
             envoys,
@@ -164,4 +191,6 @@ pub(super) const FIRST_CORE: u32 = 0;
 pub(super) const SECOND_CORE: u32 = 1;
 /// The server's, in every arm.
 pub(super) const PORT: u16 = 8080;
+/// How many routes HTTP is measured with.
+pub(super) const ROUTES: [usize; 3] = [0, 1, 100];
 const TARGET: SocketAddr = SocketAddr::new(IpAddr::V4(Pair::SERVER), PORT);

@@ -1,7 +1,8 @@
 //! The yardstick: Envoy beside the client and Envoy beside the server, as sidecars are.
 //!
-//! TCP proxy, one worker each, TLS 1.3 with both sides verified by SPIFFE name, one TLS connection
-//! for each connection of the client. The client's connections are redirected to the first Envoy, as
+//! One worker each, TLS 1.3 with both sides verified by SPIFFE name. As TCP proxies they make one TLS
+//! connection for each connection of the client; as HTTP proxies they speak HTTP/2 to each other, and to
+//! the server what the client speaks. The client's connections are redirected to the first Envoy, as
 //! Warren's are captured; the second one delivers over loopback, which is shorter than Warren's way.
 
 use std::net::SocketAddr;
@@ -14,9 +15,11 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, SanType,
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::arm::{FIRST_CORE, SECOND_CORE};
+mod config;
+
+use super::arm::{FIRST_CORE, PORT, ROUTES, SECOND_CORE};
 use super::netns::Pair;
 use super::process::{Process, command, in_namespace, succeed};
 use super::{Error, Options, io};
@@ -40,8 +43,6 @@ impl Envoys {
         write_certificates(&work)
             .map_err(|e| Error::Other(format!("certificates for Envoy: {e}")))?;
         redirect(pair, target)?;
-        let tunnel = SocketAddr::new(target.ip(), TUNNEL_PORT);
-        let app = SocketAddr::from(([127, 0, 0, 1], target.port()));
         let spawn = |side: &str, core, netns: &Path, config: Value| {
             let file = work.join(format!("{side}.json"));
             std::fs::write(&file, format!("{config:#}"))
@@ -66,13 +67,13 @@ impl Envoys {
                 "second",
                 SECOND_CORE,
                 &pair.server.path(),
-                second(&work, tunnel, app),
+                config::second(&work),
             )?,
             first: spawn(
                 "first",
                 FIRST_CORE,
                 &pair.client.path(),
-                first(&work, tunnel),
+                config::first(&work, target.ip()),
             )?,
             binary,
             work,
@@ -117,13 +118,18 @@ fn binary_of_package() -> Result<PathBuf, Error> {
         .map_err(|e| Error::Other(format!("no Envoy: {e}; run scripts/install-deps.sh bench, or leave the arm out with --arms direct,warren")))
 }
 
+/// Each port of the server that the client may dial goes to the listener of its kind.
 fn redirect(pair: &Pair, target: SocketAddr) -> Result<(), Error> {
-    let rules = format!(
-        "add table ip bench; add chain ip bench output {{ type nat hook output priority -100; }}; \
-         add rule ip bench output ip daddr {} tcp dport {} redirect to :{CAPTURE_PORT}",
-        target.ip(),
-        target.port()
-    );
+    let mut rules =
+        "add table ip bench; add chain ip bench output { type nat hook output priority -100; };"
+            .to_owned();
+    for port in std::iter::once(PORT).chain(config::http_fronts().map(|front| front.port)) {
+        rules += &format!(
+            " add rule ip bench output ip daddr {} tcp dport {port} redirect to :{};",
+            target.ip(),
+            port + CAPTURE_OFFSET
+        );
+    }
     let mut nft = command(&format!(
         "nsenter --net={} nft",
         pair.client.path().display()
@@ -131,101 +137,10 @@ fn redirect(pair: &Pair, target: SocketAddr) -> Result<(), Error> {
     succeed(nft.arg(rules)).map(drop)
 }
 
-fn first(work: &Path, tunnel: SocketAddr) -> Value {
-    let mut config = config(
-        work,
-        "first",
-        SocketAddr::from(([0, 0, 0, 0], CAPTURE_PORT)),
-        tunnel,
-    );
-    config["static_resources"]["clusters"][0]["transport_socket"] = json!({
-        "name": "envoy.transport_sockets.tls",
-        "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            "sni": "server.bench",
-            "common_tls_context": tls(work, "client", SERVER_ID),
-        }
-    });
-    config
-}
-
-fn second(work: &Path, tunnel: SocketAddr, app: SocketAddr) -> Value {
-    let mut config = config(
-        work,
-        "second",
-        SocketAddr::from(([0, 0, 0, 0], tunnel.port())),
-        app,
-    );
-    config["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = json!({
-        "name": "envoy.transport_sockets.tls",
-        "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-            "require_client_certificate": true,
-            "common_tls_context": tls(work, "server", CLIENT_ID),
-        }
-    });
-    config
-}
-
-fn config(work: &Path, side: &str, listen: SocketAddr, upstream: SocketAddr) -> Value {
-    let address = |a: SocketAddr| json!({"socket_address": {"address": a.ip().to_string(), "port_value": a.port()}});
-    // Envoy's defaults would refuse the 1,025th connection.
-    let unlimited =
-        json!({"thresholds": [{"max_connections": 1_000_000, "max_pending_requests": 1_000_000}]});
-    json!({
-        "node": {"id": side, "cluster": "bench"},
-        "admin": {"address": {"pipe": {"path": work.join(format!("{side}.sock"))}}},
-        "static_resources": {
-            "listeners": [{
-                "name": "bench",
-                "address": address(listen),
-                "filter_chains": [{"filters": [{
-                    "name": "envoy.filters.network.tcp_proxy",
-                    "typed_config": {
-                        "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-                        "stat_prefix": "bench",
-                        "cluster": "upstream",
-                    }
-                }]}]
-            }],
-            "clusters": [{
-                "name": "upstream",
-                "type": "STATIC",
-                "connect_timeout": "5s",
-                "circuit_breakers": unlimited,
-                "load_assignment": {
-                    "cluster_name": "upstream",
-                    "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(upstream)}}]}]
-                }
-            }]
-        },
-        // Without it Envoy warns that its connections are unbounded.
-        "overload_manager": {"resource_monitors": [{
-            "name": "envoy.resource_monitors.global_downstream_max_connections",
-            "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
-                "max_active_downstream_connections": 1_000_000,
-            }
-        }]}
-    })
-}
-
-fn tls(work: &Path, name: &str, peer: &str) -> Value {
-    let file = |suffix: &str| json!({"filename": work.join(suffix)});
-    json!({
-        "tls_params": {
-            "tls_minimum_protocol_version": "TLSv1_3",
-            "tls_maximum_protocol_version": "TLSv1_3",
-        },
-        "tls_certificates": [{
-            "certificate_chain": file(&format!("{name}.crt")),
-            "private_key": file(&format!("{name}.key")),
-        }],
-        "validation_context": {
-            "trusted_ca": file("root.crt"),
-            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"exact": peer}}],
-        }
-    })
+/// The port to dial for requests with so many routes attached, to a server of one of the two protocols.
+pub(super) fn http_port(http2: bool, routes: usize) -> u16 {
+    let front = config::http_fronts().find(|front| (front.http2, front.routes) == (http2, routes));
+    front.map_or(PORT, |front| front.port)
 }
 
 /// A root and two P-256 leaves with SPIFFE names, as Warren's are.
@@ -281,7 +196,7 @@ fn admin(work: &Path, side: &str, path: &str) -> Result<String, Error> {
     )))
 }
 
-const CAPTURE_PORT: u16 = 15001;
-const TUNNEL_PORT: u16 = 15008;
+/// From the port that is dialled to that of its listener.
+const CAPTURE_OFFSET: u16 = 10_000;
 const CLIENT_ID: &str = "spiffe://cluster.local/ns/bench/sa/client";
 const SERVER_ID: &str = "spiffe://cluster.local/ns/bench/sa/server";

@@ -18,6 +18,7 @@ pub(super) struct Run {
     pub(super) arm: ArmName,
     pub(super) case: Case,
     pub(super) connections: usize,
+    pub(super) routes: usize,
     pub(super) repetition: u32,
     /// CPU time the host gave to others during the run.
     pub(super) steal_percent: f64,
@@ -47,7 +48,11 @@ impl Run {
     }
 
     pub(super) fn line(&self) -> String {
-        let name = format!("{} {}: ", self.arm, label(self.case, self.connections));
+        let name = format!(
+            "{} {}: ",
+            self.arm,
+            label(self.case, self.connections, self.routes)
+        );
         let steal = format!(" (steal {:.1} %)", self.steal_percent);
         let errors = match &self.outcome.first_error {
             Some(error) => format!(", {} errors, first: {error}", self.outcome.errors),
@@ -94,8 +99,19 @@ pub(super) struct WithConnections {
 }
 
 /// How a case is called in tables.
-pub(super) fn label(case: Case, connections: usize) -> String {
+pub(super) fn label(case: Case, connections: usize, routes: usize) -> String {
+    let http = |protocol: &str| {
+        let attached = match routes {
+            0 => String::new(),
+            1 => ", 1 route".into(),
+            many => format!(", {many} routes"),
+        };
+        format!("{protocol}, {connections} conn{attached}")
+    };
     match case {
+        Case::Http1 => http("HTTP/1.1"),
+        Case::Http2 => http("HTTP/2"),
+        Case::Grpc => http("gRPC"),
         Case::Bulk => "bulk, client to server".into(),
         Case::BulkDown => "bulk, server to client".into(),
         Case::Requests => format!("keep-alive, {connections} conn"),
@@ -118,6 +134,7 @@ pub(super) fn run(arm: &Arm, plan: &Plan, repetition: u32) -> Result<Run, Error>
         arm: arm.name,
         case: plan.case,
         connections: plan.connections,
+        routes: plan.routes,
         repetition,
         steal_percent: MachineTime::now().steal_percent_since(machine),
         proxy_cpu_seconds: spent,
@@ -148,6 +165,7 @@ pub(super) fn memory(arm: &Arm, options: &Options) -> Result<Memory, Error> {
         let plan = Plan {
             case: Case::Idle,
             connections,
+            routes: 0,
             rate: 0,
             warm_up: Duration::ZERO,
             duration: Duration::ZERO,
@@ -203,7 +221,7 @@ impl Client {
             other => Err(Error::Other(format!(
                 "the client of {} {} did not start: {other}",
                 arm.name,
-                label(plan.case, plan.connections)
+                label(plan.case, plan.connections, plan.routes)
             ))),
         }
     }
@@ -233,7 +251,7 @@ impl Drop for Client {
 fn arguments(command: &mut Command, arm: &Arm, plan: &Plan) {
     command
         .arg("load")
-        .args(["--target", &arm.target.to_string()])
+        .args(["--target", &arm.target(plan).to_string()])
         .args(["--case", &serde_name(plan.case)])
         .args(["--connections", &plan.connections.to_string()])
         .args(["--rate", &plan.rate.to_string()])

@@ -107,7 +107,7 @@ impl Report {
         }
         let _ = writeln!(
             out,
-            "\n{:<34} {:<11} {:>9} {:>9} {:>9} {:>9} {:>10} {:>11} {:>7}",
+            "\n{:<34} {:<16} {:>9} {:>9} {:>9} {:>9} {:>10} {:>11} {:>7}",
             "medians",
             "arm",
             "Gbit/s",
@@ -124,7 +124,7 @@ impl Report {
             };
             let _ = writeln!(
                 out,
-                "{:<34} {:<11} {:>9} {:>9} {:>9} {:>9} {:>10} {:>11} {:>7}",
+                "{:<34} {:<16} {:>9} {:>9} {:>9} {:>9} {:>10} {:>11} {:>7}",
                 median.case,
                 median.arm.to_string(),
                 cell(median.gbit_per_second, 2),
@@ -139,7 +139,7 @@ impl Report {
         let _ = writeln!(
             out,
             "runs: used/made; a run with over {QUIET_STEAL_PERCENT} % stolen CPU time is not used while half of them remain\n\n\
-             {:<12} {:>6} {:>14} {:>14} {:>18}",
+             {:<16} {:>6} {:>14} {:>14} {:>18}",
             "memory", "conns", "first KiB", "second KiB", "KiB per conn"
         );
         for memory in &self.memory {
@@ -148,7 +148,7 @@ impl Report {
                 let each = memory.kib_per_connection(connections);
                 let _ = writeln!(
                     out,
-                    "{:<12} {:>6} {:>14} {:>14} {:>18}",
+                    "{:<16} {:>6} {:>14} {:>14} {:>18}",
                     memory.arm.to_string(),
                     connections,
                     cell(0),
@@ -175,28 +175,33 @@ impl Report {
     }
 
     fn medians(&self) -> Vec<Median> {
-        let mut groups: BTreeMap<(Case, usize, ArmName), Vec<&Run>> = BTreeMap::new();
+        let mut groups: BTreeMap<(Case, usize, usize, ArmName), Vec<&Run>> = BTreeMap::new();
         for run in &self.runs {
             groups
-                .entry((run.case, run.connections, run.arm))
+                .entry((run.case, run.connections, run.routes, run.arm))
                 .or_default()
                 .push(run);
         }
         groups
             .into_iter()
-            .map(|((case, connections, arm), runs)| {
-                Median::of(arm, label(case, connections), &runs)
+            .map(|((case, connections, routes, arm), runs)| {
+                Median::of(arm, label(case, connections, routes), &runs)
             })
             .collect()
     }
 
     fn aims(&self) -> Vec<Aim> {
         let medians = self.medians();
-        let find = |arm: ArmName, case: Case, connections: usize| {
+        let find_routed = |arm: ArmName, case: Case, connections: usize, routes: usize| {
             medians
                 .iter()
-                .find(|m| m.arm == arm && m.case == label(case, connections))
+                .find(|m| m.arm == arm && m.case == label(case, connections, routes))
         };
+        let find = |arm, case, connections| find_routed(arm, case, connections, 0);
+        let cpu = |arm: ArmName, routes: usize| {
+            find_routed(arm, Case::Http1, 64, routes)?.cpu_us_per_request
+        };
+        let hundred_routes = || Some(cpu(ArmName::Warren, 100)? / cpu(ArmName::Warren, 0)?);
         let ratio = |case: Case, connections: usize, value: fn(&Median) -> Option<f64>| {
             let warren = value(find(ArmName::Warren, case, connections)?)?;
             Some(warren / value(find(ArmName::Envoy, case, connections)?)?)
@@ -237,6 +242,36 @@ impl Report {
                 false,
                 5.0,
                 ratio(Case::Connect, 16, |m| m.requests_per_second),
+            ),
+            (
+                "CPU per HTTP/1.1 request, 64 conn, Warren / Envoy",
+                true,
+                0.4,
+                ratio(Case::Http1, 64, |m| m.cpu_us_per_request),
+            ),
+            (
+                "HTTP/1.1 requests/s, 64 conn, Warren / Envoy",
+                false,
+                2.5,
+                ratio(Case::Http1, 64, |m| m.requests_per_second),
+            ),
+            (
+                "HTTP/1.1 p50, 64 conn, Warren / Envoy",
+                true,
+                0.4,
+                ratio(Case::Http1, 64, |m| m.p50_us),
+            ),
+            (
+                "CPU per HTTP/1.1 request, 100 routes / none",
+                true,
+                1.05,
+                hundred_routes(),
+            ),
+            (
+                "CPU us per HTTP/1.1 request on one node",
+                true,
+                25.0,
+                cpu(ArmName::WarrenSameNode, 0),
             ),
             ("idle RSS of a Warren proxy, MiB", true, 12.0, idle),
             ("KiB per idle connection of a Warren proxy", true, 6.0, each),

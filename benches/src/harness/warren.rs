@@ -11,19 +11,30 @@ use std::process::Command;
 
 use serde::Deserialize;
 
-use super::arm::{FIRST_CORE, PORT, SECOND_CORE};
+use super::arm::{FIRST_CORE, PORT, ROUTES, SECOND_CORE};
 use super::process::{self, succeed};
 use super::{Error, Options, io};
+use crate::load::{Case, Plan};
 
 /// A running lab; taken down when dropped.
 pub(super) struct Lab {
     warren: PathBuf,
 }
 
+/// Which of the lab's pods.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Un-meshed, on two nodes.
+    Plain,
+    /// Meshed, on two nodes.
+    Meshed,
+    /// The same client, and a server on its node.
+    SameNode,
+}
+
 /// How the client of one namespace of the lab reaches its server.
 pub(super) struct Way {
     pub(super) client: PathBuf,
-    pub(super) target: SocketAddr,
     pub(super) proxies: Vec<Vec<u32>>,
 }
 
@@ -31,7 +42,6 @@ pub(super) struct Way {
 struct Pod {
     name: String,
     namespace: String,
-    node: String,
     netns: PathBuf,
     /// 0 without a process.
     pid: u32,
@@ -75,45 +85,47 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Everything of node 1 on the first core, everything of node 2 on the second.
+    /// Clients and the first node's proxy on the first core, servers and the second's on the second.
     fn pin(&self) -> Result<(), Error> {
-        let core = |node: &str| {
-            if node == "node-1" {
-                FIRST_CORE
-            } else {
-                SECOND_CORE
-            }
-        };
         for node in self.nodes()? {
-            process::pin(node.proxy_supervisor_pid, core(&node.name))?;
+            let first = node.name == "node-1";
+            let core = if first { FIRST_CORE } else { SECOND_CORE };
+            process::pin(node.proxy_supervisor_pid, core)?;
         }
         for pod in self.pods()? {
-            process::pin(pod.pid, core(&pod.node))?;
+            let client = pod.name == "client";
+            process::pin(pod.pid, if client { FIRST_CORE } else { SECOND_CORE })?;
         }
         Ok(())
     }
 
-    pub(super) fn way(&self, meshed: bool) -> Result<Way, Error> {
-        let namespace = if meshed { MESHED } else { PLAIN };
+    pub(super) fn way(&self, side: Side) -> Result<Way, Error> {
+        let namespace = side.namespace();
         let pods = self.pods()?;
         let client = pods
             .iter()
             .find(|pod| pod.namespace == namespace && pod.name == "client");
         let client =
             client.ok_or_else(|| Error::Other(format!("the lab has no pod {namespace}/client")))?;
-        let proxies = match meshed {
-            false => Vec::new(),
-            true => self
-                .nodes()?
-                .iter()
-                .map(|n| process::tree(n.proxy_supervisor_pid))
-                .collect(),
-        };
+        let nodes = self.nodes()?;
+        let proxies = nodes
+            .iter()
+            .filter(|node| match side {
+                Side::Plain => false,
+                Side::Meshed => true,
+                Side::SameNode => node.name == "node-1",
+            })
+            .map(|node| process::tree(node.proxy_supervisor_pid))
+            .collect();
         Ok(Way {
             client: client.netns.clone(),
-            target: SocketAddr::new(cluster_ip(meshed), PORT),
             proxies,
         })
+    }
+
+    /// The Service to address.
+    pub(super) fn target(side: Side, plan: &Plan) -> SocketAddr {
+        SocketAddr::new(cluster_ip(side, front(side, plan)), PORT)
     }
 
     /// The cipher as the nodes' own metrics tell it.
@@ -157,30 +169,122 @@ impl Drop for Lab {
     }
 }
 
-fn cluster_ip(meshed: bool) -> IpAddr {
-    IpAddr::from(if meshed {
-        [10, 96, 77, 1]
-    } else {
-        [10, 96, 77, 2]
-    })
+impl Side {
+    fn namespace(self) -> &'static str {
+        match self {
+            Side::Plain => "plain",
+            Side::Meshed | Side::SameNode => "meshed",
+        }
+    }
+}
+
+/// Each way to look at the server is a Service of its own. Its position in the list is in its address.
+fn fronts() -> Vec<Front> {
+    let kinds = [("http", "HTTPRoute"), ("grpc", "GRPCRoute")];
+    let http = kinds.into_iter().flat_map(|(name, kind)| {
+        ROUTES.into_iter().map(move |routes| Front {
+            name: format!("{name}-{routes}"),
+            protocol: "http",
+            kind,
+            routes,
+        })
+    });
+    let tcp = Front {
+        name: "tcp".into(),
+        protocol: "tcp",
+        kind: "",
+        routes: 0,
+    };
+    std::iter::once(tcp).chain(http).collect()
+}
+
+struct Front {
+    name: String,
+    /// `appProtocol` of its port.
+    protocol: &'static str,
+    /// Of the routes attached to it.
+    kind: &'static str,
+    routes: usize,
+}
+
+fn front(side: Side, plan: &Plan) -> usize {
+    let wanted = match (side, plan.case) {
+        (Side::Plain, _) => "tcp".to_owned(),
+        (_, Case::Http1 | Case::Http2) => format!("http-{}", plan.routes),
+        (_, Case::Grpc) => format!("grpc-{}", plan.routes),
+        _ => "tcp".into(),
+    };
+    fronts()
+        .iter()
+        .position(|front| front.name == wanted)
+        .unwrap_or(0)
+}
+
+fn cluster_ip(side: Side, front: usize) -> IpAddr {
+    IpAddr::from([10, 96, 77 + side as u8, 1 + front as u8])
 }
 
 fn manifests(this: &Path) -> String {
     let mut text = String::new();
-    for (namespace, meshed) in [(MESHED, true), (PLAIN, false)] {
+    for (side, meshed) in [(Side::Meshed, true), (Side::Plain, false)] {
         text += &NAMESPACE
-            .replace("NAMESPACE", namespace)
             .replace("MESH", if meshed { "enabled" } else { "disabled" })
-            .replace("CLUSTER_IP", &cluster_ip(meshed).to_string())
-            .replace("PORT", &PORT.to_string())
-            .replace("PROGRAM", &this.display().to_string());
+            .replace("NAMESPACE", side.namespace());
+        text += &server(side, "server", "node-2", this);
+        text += &services(side, "server");
+        if meshed {
+            text += &server(side, "local", "node-1", this);
+            text += &services(Side::SameNode, "local");
+        }
+    }
+    text
+}
+
+fn server(side: Side, name: &str, node: &str, this: &Path) -> String {
+    SERVER
+        .replace("NAMESPACE", side.namespace())
+        .replace("NAME", name)
+        .replace("NODE", node)
+        .replace("PORT", &PORT.to_string())
+        .replace("PROGRAM", &this.display().to_string())
+}
+
+fn services(side: Side, server: &str) -> String {
+    let mut text = String::new();
+    for (index, front) in fronts().into_iter().enumerate() {
+        let name = format!("{server}-{}", front.name);
+        text += &SERVICE
+            .replace("NAMESPACE", side.namespace())
+            .replace("CLUSTER_IP", &cluster_ip(side, index).to_string())
+            .replace("NAME", &name)
+            .replace("SERVER", server)
+            .replace("PROTOCOL", front.protocol)
+            .replace("PORT", &PORT.to_string());
+        for route in 1..=front.routes {
+            // Of all of them the last one matches what is sent.
+            let last = route == front.routes;
+            let matching = match (front.kind, last) {
+                ("HTTPRoute", true) => r#"path: {type: PathPrefix, value: "/bench"}"#.to_owned(),
+                ("HTTPRoute", false) => {
+                    format!(r#"path: {{type: PathPrefix, value: "/route-{route}"}}"#)
+                }
+                (_, true) => "method: {service: bench.Echo, method: Say}".to_owned(),
+                (_, false) => format!("method: {{service: bench.Route{route}, method: Say}}"),
+            };
+            text += &ROUTE
+                .replace("KIND", front.kind)
+                .replace("ROUTE", &format!("{name}-{route:03}"))
+                .replace("NAMESPACE", side.namespace())
+                .replace("NAME", &name)
+                .replace("BACKEND", &format!("{server}-http-0"))
+                .replace("MATCH", &matching)
+                .replace("PORT", &PORT.to_string());
+        }
     }
     text
 }
 
 const NAME: &str = "bench";
-const MESHED: &str = "meshed";
-const PLAIN: &str = "plain";
 const HANDSHAKES: &str = "warren_tunnel_handshakes_total";
 const NAMESPACE: &str = r#"---
 apiVersion: v1
@@ -205,24 +309,36 @@ spec:
   serviceAccountName: client
   containers:
     - { name: client, image: none, command: [sleep, infinity] }
----
+"#;
+const SERVER: &str = r#"---
 apiVersion: v1
 kind: Pod
-metadata: { name: server, namespace: NAMESPACE, labels: { app: server } }
+metadata: { name: NAME, namespace: NAMESPACE, labels: { app: NAME } }
 spec:
-  nodeName: node-2
+  nodeName: NODE
   serviceAccountName: server
   containers:
     - name: server
       image: none
       command: [PROGRAM, serve, --listen, "0.0.0.0:PORT"]
       readinessProbe: { tcpSocket: { port: PORT } }
----
+"#;
+const SERVICE: &str = r#"---
 apiVersion: v1
 kind: Service
-metadata: { name: server, namespace: NAMESPACE }
+metadata: { name: NAME, namespace: NAMESPACE }
 spec:
   clusterIP: CLUSTER_IP
-  selector: { app: server }
-  ports: [{ name: tcp, port: PORT, appProtocol: tcp }]
+  selector: { app: SERVER }
+  ports: [{ name: main, port: PORT, appProtocol: PROTOCOL }]
+"#;
+const ROUTE: &str = r#"---
+apiVersion: gateway.networking.k8s.io/v1
+kind: KIND
+metadata: { name: ROUTE, namespace: NAMESPACE }
+spec:
+  parentRefs: [{ group: "", kind: Service, name: NAME }]
+  rules:
+    - matches: [{ MATCH }]
+      backendRefs: [{ name: BACKEND, port: PORT }]
 "#;

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::{BULK_BUFFER, Case, DOWNLOAD, Latencies, Outcome, Plan, UPLOAD};
+use super::{BULK_BUFFER, Case, DOWNLOAD, Latencies, Outcome, Plan, UPLOAD, http2};
 
 /// Runs the plan. Prints `start` when the measured time begins. Ends by itself, stalled or not, except
 /// for [`Case::Idle`], which ends with standard input.
@@ -35,7 +35,16 @@ pub async fn run(target: SocketAddr, plan: &Plan) -> Outcome {
 async fn run_case(target: SocketAddr, plan: &Plan) -> Outcome {
     match plan.case {
         Case::Bulk | Case::BulkDown => bulk(target, plan).await,
-        Case::Requests => gather(plan, |window| closed_loop(target, window)).await,
+        Case::Requests | Case::Http1 => {
+            gather(plan, |window| closed_loop(Connection::open(target), window)).await
+        }
+        Case::Http2 | Case::Grpc => {
+            let grpc = plan.case == Case::Grpc;
+            gather(plan, |window| {
+                closed_loop(http2::Connection::open(target, grpc), window)
+            })
+            .await
+        }
         Case::Connect => gather(plan, |window| connect_loop(target, window)).await,
         Case::Open => open_loop(target, plan).await,
         Case::Idle => idle(target, plan).await,
@@ -109,9 +118,21 @@ where
     all.outcome(plan.duration.as_secs_f64())
 }
 
-async fn closed_loop(target: SocketAddr, window: Window) -> Seen {
+/// A connection that carries one request at a time.
+pub(super) trait Carry {
+    /// Sends one and returns when its answer is whole.
+    fn request(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+impl Carry for Connection {
+    async fn request(&mut self) -> io::Result<()> {
+        self.exchange(REQUEST).await
+    }
+}
+
+async fn closed_loop(open: impl Future<Output = io::Result<impl Carry>>, window: Window) -> Seen {
     let mut seen = Seen::default();
-    let mut connection = match Connection::open(target).await {
+    let mut connection = match open.await {
         Ok(connection) => connection,
         Err(e) => {
             seen.error(e);
@@ -123,7 +144,7 @@ async fn closed_loop(target: SocketAddr, window: Window) -> Seen {
         if sent >= window.end {
             return seen;
         }
-        if let Err(e) = connection.request(REQUEST).await {
+        if let Err(e) = connection.request().await {
             seen.error(e);
             return seen;
         }
@@ -142,7 +163,7 @@ async fn connect_loop(target: SocketAddr, window: Window) -> Seen {
         }
         let result = async {
             let mut connection = Connection::open(target).await?;
-            connection.request(REQUEST_CLOSE).await?;
+            connection.exchange(REQUEST_CLOSE).await?;
             connection.closed_by_peer().await
         };
         match result.await {
@@ -211,7 +232,7 @@ async fn answer_due(target: SocketAddr, mut due: mpsc::Receiver<Instant>, start:
         }
     };
     while let Some(due) = due.recv().await {
-        if let Err(e) = connection.request(REQUEST).await {
+        if let Err(e) = connection.request().await {
             seen.error(e);
             return seen;
         }
@@ -276,7 +297,7 @@ async fn idle(target: SocketAddr, plan: &Plan) -> Outcome {
     for _ in 0..plan.connections {
         let opened = async {
             let mut connection = Connection::open(target).await?;
-            connection.request(REQUEST).await?;
+            connection.request().await?;
             Ok::<_, io::Error>(connection)
         };
         match opened.await {
@@ -296,21 +317,16 @@ async fn idle(target: SocketAddr, plan: &Plan) -> Outcome {
 
 struct Connection {
     stream: TcpStream,
-    /// Learnt from the first response; the server's are all alike.
-    response_length: Option<usize>,
 }
 
 impl Connection {
     async fn open(target: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(target).await?;
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream,
-            response_length: None,
-        })
+        Ok(Self { stream })
     }
 
-    async fn request(&mut self, request: &[u8]) -> io::Result<()> {
+    async fn exchange(&mut self, request: &[u8]) -> io::Result<()> {
         self.stream.write_all(request).await?;
         let mut buffer = [0; 1024];
         let mut length = 0;
@@ -319,13 +335,10 @@ impl Connection {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 more => length += more,
             }
-            if self.response_length.is_none() {
-                self.response_length = response_length(&buffer[..length])?;
-            }
-            match self.response_length {
+            match response_length(&buffer[..length])? {
                 Some(whole) if length == whole => return Ok(()),
                 Some(whole) if length > whole || whole > buffer.len() => {
-                    return Err(io::Error::other("response of another length"));
+                    return Err(io::Error::other("bytes after the response, or too many"));
                 }
                 _ => {}
             }
@@ -340,22 +353,26 @@ impl Connection {
     }
 }
 
-/// Length of head and body once the head is complete.
+/// Length of head and body once the head is complete. A proxy's headers differ from answer to answer.
 fn response_length(bytes: &[u8]) -> io::Result<Option<usize>> {
     let Some(end) = bytes.windows(4).position(|w| w == b"\r\n\r\n") else {
         return Ok(None);
     };
-    let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
-    if !head.starts_with("http/1.1 200") {
+    let head = &bytes[..end];
+    if !head.starts_with(b"HTTP/1.1 200") {
+        let line = head.split(|byte| *byte == b'\r').next().unwrap_or(head);
         return Err(io::Error::other(format!(
             "answer: {}",
-            head.lines().next().unwrap_or("")
+            String::from_utf8_lossy(line)
         )));
     }
-    let body: usize = head
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length:"))
-        .and_then(|value| value.trim().parse().ok())
+    let body = head
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| {
+            let (name, value) = line.split_at_checked(LENGTH.len())?;
+            name.eq_ignore_ascii_case(LENGTH).then_some(value)
+        })
+        .and_then(|value| str::from_utf8(value).ok()?.trim().parse::<usize>().ok())
         .ok_or_else(|| io::Error::other("answer without Content-Length"))?;
     Ok(Some(end + 4 + body))
 }
@@ -370,6 +387,7 @@ const REQUEST: &[u8] =
     b"GET /bench HTTP/1.1\r\nHost: server.bench\r\nUser-Agent: warren-bench\r\n\r\n";
 const REQUEST_CLOSE: &[u8] =
     b"GET /bench HTTP/1.1\r\nHost: server.bench\r\nUser-Agent: warren-bench\r\nConnection: close\r\n\r\n";
+const LENGTH: &[u8] = b"content-length:";
 /// How long after its time a run may still wait for answers.
 const STALLED: Duration = Duration::from_secs(10);
 /// Requests that may wait for one connection of the open loop before they count as errors.

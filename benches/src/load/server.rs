@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::{BULK_BUFFER, DOWNLOAD, UPLOAD};
+use super::{BULK_BUFFER, DOWNLOAD, UPLOAD, http2};
 
 /// Serves until the process is ended. A connection that fails ends alone.
 pub async fn serve(address: SocketAddr) -> io::Result<()> {
@@ -35,6 +35,7 @@ async fn connection(mut stream: TcpStream) -> io::Result<()> {
         None => Ok(()),
         Some(&UPLOAD) => drain(stream, length as u64).await,
         Some(&DOWNLOAD) => fill(stream).await,
+        Some(b'P') => http2::serve(stream, &first[..length]).await,
         Some(_) => answer(stream, first, length).await,
     }
 }

@@ -21,6 +21,8 @@ use tokio::sync::{Notify, watch};
 
 use super::config::AgentConfig;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
 

@@ -6,8 +6,8 @@
 use std::net::IpAddr;
 
 use serde::Deserialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use super::{CniError, Code};
 
@@ -47,18 +47,13 @@ pub(super) fn addresses(previous: &RawValue) -> Result<Vec<IpAddr>, CniError> {
 
 /// The result in the version that the configuration asks for.
 pub(super) fn in_version(previous: &RawValue, version: &str) -> Result<String, CniError> {
-    #[derive(Deserialize)]
-    struct OnlyVersion {
-        #[serde(rename = "cniVersion", default)]
-        version: String,
-    }
-    let has: OnlyVersion = serde_json::from_str(previous.get()).map_err(malformed)?;
-    if has.version == version {
+    let mut result: Map<String, Value> = serde_json::from_str(previous.get()).map_err(malformed)?;
+    if result.get("cniVersion").and_then(Value::as_str) == Some(version) {
         return Ok(previous.get().to_owned());
     }
-    let mut result: Value = serde_json::from_str(previous.get()).map_err(malformed)?;
-    result["cniVersion"] = version.into();
-    for ip in result["ips"].as_array_mut().into_iter().flatten() {
+    result.insert("cniVersion".into(), version.into());
+    let ips = result.get_mut("ips").and_then(Value::as_array_mut);
+    for ip in ips.into_iter().flatten() {
         let Some(ip) = ip.as_object_mut() else {
             continue;
         };
@@ -69,7 +64,7 @@ pub(super) fn in_version(previous: &RawValue, version: &str) -> Result<String, C
             ip.shift_remove("version");
         }
     }
-    Ok(result.to_string())
+    Ok(Value::Object(result).to_string())
 }
 
 fn malformed(why: impl std::fmt::Display) -> CniError {

@@ -147,3 +147,30 @@ fn only_add_fails_closed() {
     );
     assert_eq!(broken.unwrap_err().code(), 50);
 }
+
+#[test]
+fn what_a_previous_result_lacks_is_not_added_and_what_is_none_is_an_error() {
+    let pass = |previous: &str| {
+        let mut environment = environment("ADD");
+        environment.args.clear();
+        run(
+            &environment,
+            &config("1.1.0", &format!(r#","prevResult":{previous}"#)),
+        )
+    };
+    let text = pass(r#"{"cniVersion":"1.0.0","dns":{}}"#).unwrap();
+    assert_eq!(text, r#"{"cniVersion":"1.1.0","dns":{}}"#);
+    for previous in [
+        "[]",
+        r#"["1.1.0"]"#,
+        r#""1.1.0""#,
+        "1",
+        r#"{"cniVersion":"1.0.0""#,
+    ] {
+        assert_eq!(
+            pass(previous).unwrap_err().code(),
+            Code::Decode as u32,
+            "{previous}"
+        );
+    }
+}

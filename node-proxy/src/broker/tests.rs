@@ -101,7 +101,7 @@ impl Proxy {
             issuer,
             Arc::new(std::time::SystemTime::now),
         );
-        let table = Table::new();
+        let table = Table::new("node-1");
         let supply = Supply::new(10_000, stock::Metrics::default());
         let (pods, host) = (Pods::new(), Host::new(&supply));
         let telemetry = Telemetry::new();

@@ -8,8 +8,8 @@
 //! - The connection that was used last is taken first, so that those not needed age and close.
 //! - A connection whose end is known is never taken; one that ends in the moment it is taken is reported as
 //!   [`AppError::ClosedIdle`], with the request where it can be sent again as it was.
-//! - What is idle is bounded by key and by pod, and closed after [`IDLE`]. Every connection is charged to
-//!   its pod from its socket on.
+//! - What is idle is bounded by pod, and closed after [`IDLE`]: there is no more of it than requests were in
+//!   flight at once. Every connection is charged to its pod from its socket on.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -26,7 +26,7 @@ use tokio::time::{Instant, interval, timeout};
 use self::h2c::Shared;
 use super::body::{Body, ExchangeError};
 use super::h1::{Client, FailedSend, Home, Limits, SendError};
-use crate::budget::Charge;
+use crate::budget::{Account, Charge};
 use crate::deliver;
 use crate::pods::Pod;
 use crate::telemetry::{OpenConnection, TcpLabels, Telemetry};
@@ -39,10 +39,9 @@ mod tests;
 const IDLE: Duration = Duration::from_secs(60);
 /// How often unused connections are looked through.
 const SWEEP: Duration = Duration::from_secs(5);
-/// Unused connections kept for a key.
-const MOST_IDLE: usize = 8;
-/// Unused connections kept for a pod.
-const MOST_IDLE_OF_POD: usize = 1024;
+/// Unused connections kept for a pod. Fewer than its callers need at once would make each wave of requests
+/// open connections anew.
+const MOST_IDLE: usize = if cfg!(test) { 8 } else { 4096 };
 /// Headers of a response; apps send more than their clients.
 const MOST_RESPONSE_HEADERS: usize = 256;
 
@@ -85,10 +84,17 @@ impl Counted {
 
 /// What is held for as long as a connection is open: its charge, and its place in the metrics.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held, not read")]
 pub struct Holding {
     charge: Charge,
+    #[expect(dead_code, reason = "held, not read")]
     open: Option<OpenConnection>,
+}
+
+impl Holding {
+    /// Whom the connection is charged to.
+    pub fn account(&self) -> &Arc<Account> {
+        self.charge.account()
+    }
 }
 
 /// Why a request got no answer from an app.
@@ -186,12 +192,12 @@ impl Apps {
 
     /// Sends a request to an app and waits for the head of the answer, without limit of time once it is
     /// connected. Dropping the future, or the answer's body before its end, gives the request up.
-    pub async fn send(
+    pub fn send(
         &self,
         key: &AppKey,
         request: Request<Body>,
-    ) -> Result<Response<Body>, AppError> {
-        self.send_within(key, request, self.connect_timeout).await
+    ) -> impl Future<Output = Result<Response<Body>, AppError>> {
+        self.send_within(key, request, self.connect_timeout)
     }
 
     /// As [`Apps::send`], with another connect timeout.
@@ -202,13 +208,13 @@ impl Apps {
         connect_timeout: Duration,
     ) -> Result<Response<Body>, AppError> {
         if key.version == Version::HTTP_2 {
-            return h2c::send(&self.shared, key, request, connect_timeout).await;
+            return Box::pin(h2c::send(&self.shared, key, request, connect_timeout)).await;
         }
         let shelf = Key::from(key);
         let (kept, home) = self.shared.take(&shelf);
         let client = match kept {
             Some(client) => client,
-            None => match connect(key, connect_timeout).await {
+            None => match Box::pin(connect(key, connect_timeout)).await {
                 Ok((stream, holding)) => {
                     Client::with(stream, Some(holding), Arc::clone(&self.shared.limits))
                 }
@@ -281,7 +287,7 @@ impl Pool {
             return;
         };
         let of_pod = idle_of_pod.entry(Arc::clone(&key.pod)).or_default();
-        if shelf.idle.len() >= MOST_IDLE || *of_pod >= MOST_IDLE_OF_POD {
+        if *of_pod >= MOST_IDLE {
             return;
         }
         *of_pod += 1;

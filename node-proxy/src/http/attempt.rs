@@ -99,7 +99,8 @@ impl Way {
         })
     }
 
-    /// Sends a request that way and waits for the head of the answer.
+    /// Sends a request that way and waits for the head of the answer. Each way is boxed: what the longest of them
+    /// holds would otherwise be moved through every future around it.
     pub async fn send(
         self,
         caller: &Caller<'_>,
@@ -125,7 +126,7 @@ impl Way {
                 let error = wire::error(response.headers());
                 named(response, error)
             }
-            Path::Direct => outside(caller, self.to, request, connect_timeout).await,
+            Path::Direct => Box::pin(outside(caller, self.to, request, connect_timeout)).await,
             Path::Tunnel(workload, address) => {
                 let key = Key {
                     caller: caller.pod.identity.clone(),
@@ -139,7 +140,8 @@ impl Way {
                     source: caller.source.ip(),
                     service: service.map(|port| Arc::clone(&port.reference)),
                 };
-                through_tunnel(caller, &key, &envelope, request, connect_timeout).await
+                let sending = through_tunnel(caller, &key, &envelope, request, connect_timeout);
+                Box::pin(sending).await
             }
             // HBONE peers take connections, not requests.
             Path::Hbone(..) => Err(Failed {
@@ -217,7 +219,13 @@ async fn through_tunnel(
     }
     let mut send = slot.take_sender();
     let request = Request::from_parts(parts, body);
-    let exchanged = exchange(&mut send, request, Some(Box::new(slot))).await;
+    let exchanged = exchange(
+        &mut send,
+        request,
+        Some(Box::new(slot)),
+        Arc::clone(&caller.pod.account),
+    )
+    .await;
     let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
     let error = wire::open_response(&mut parts);
     let mut response = Response::from_parts(parts, body);

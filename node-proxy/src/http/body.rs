@@ -2,24 +2,33 @@
 //!
 //! Whatever a message came in over, its body is a [`Body`]: data in [`Bytes`], then trailers perhaps. Nothing
 //! is read before it is asked for, and an HTTP/2 peer is given window only for what was taken, so
-//! back-pressure reaches the sender.
+//! back-pressure reaches the sender. What waits because a receiver takes nothing is charged ([`Body::hold`]).
 
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, header};
 use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::{sleep, timeout};
 
 use super::h1::IncomingBody;
+use crate::budget::{Account, Resource};
 
+mod ahead;
 mod exchange;
 
+use ahead::Ahead;
 use exchange::OnEnd;
 pub use exchange::{ExchangeError, Held, exchange};
+
+/// How long a receiver may take nothing while its workload has as much waiting as it may.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A body of a request or response.
 #[derive(Debug, Default)]
@@ -33,9 +42,16 @@ enum Inner {
     Http1(Box<IncomingBody>),
     Http2(Http2Body),
     Boxed(BoxedBody),
+    Passing(Box<dyn Passing + Send + Unpin>),
 }
 
 type BoxedBody = Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>>;
+
+/// A body that passes another one on.
+pub trait Passing: http_body::Body<Data = Bytes, Error = BodyError> {
+    /// [`Body::poll_absorb`] of the other.
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()>;
+}
 
 /// Why a body could not be read to its end.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +80,9 @@ pub enum BodyError {
     /// Whoever read it gave up.
     #[error("cancelled")]
     Cancelled,
+    /// The workload has as much waiting as it may.
+    #[error("too much waits for receivers that do not read")]
+    Limit,
 }
 
 impl BodyError {
@@ -73,7 +92,7 @@ impl BodyError {
             Self::Truncated | Self::Framing | Self::TooLarge | Self::Reset(_) | Self::Timeout => {
                 true
             }
-            Self::Http2(_) | Self::Io(_) | Self::Cancelled => false,
+            Self::Http2(_) | Self::Io(_) | Self::Cancelled | Self::Limit => false,
         }
     }
 
@@ -88,6 +107,7 @@ impl BodyError {
             Self::Io(_) => "io",
             Self::Timeout => "timeout",
             Self::Cancelled => "cancelled",
+            Self::Limit => "limit",
         }
     }
 
@@ -95,7 +115,7 @@ impl BodyError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Reset(reason) => *reason,
-            Self::Cancelled | Self::Timeout => Reason::CANCEL,
+            Self::Cancelled | Self::Timeout | Self::Limit => Reason::CANCEL,
             Self::Truncated | Self::Framing | Self::TooLarge | Self::Http2(_) | Self::Io(_) => {
                 Reason::INTERNAL_ERROR
             }
@@ -140,6 +160,7 @@ impl Body {
             stream,
             left: length,
             taken: 0,
+            ahead: None,
             data_ended: false,
             on_end: None,
         }))
@@ -162,6 +183,11 @@ impl Body {
         Self(Inner::Boxed(Box::pin(body)))
     }
 
+    /// One that passes another on.
+    pub fn passing(body: impl Passing + Send + Unpin + 'static) -> Self {
+        Self(Inner::Passing(Box::new(body)))
+    }
+
     pub(super) fn http1(body: IncomingBody) -> Self {
         Self(Inner::Http1(Box::new(body)))
     }
@@ -171,7 +197,7 @@ impl Body {
         match &self.0 {
             Inner::Empty => Some(Self::empty()),
             Inner::Full(bytes) => Some(Self(Inner::Full(bytes.clone()))),
-            Inner::Http1(_) | Inner::Http2(_) | Inner::Boxed(_) => None,
+            Inner::Http1(_) | Inner::Http2(_) | Inner::Boxed(_) | Inner::Passing(_) => None,
         }
     }
 
@@ -181,7 +207,7 @@ impl Body {
         match &self.0 {
             Inner::Empty => Some(&NOTHING),
             Inner::Full(bytes) => Some(bytes),
-            Inner::Http1(_) | Inner::Http2(_) | Inner::Boxed(_) => None,
+            Inner::Http1(_) | Inner::Http2(_) | Inner::Boxed(_) | Inner::Passing(_) => None,
         }
     }
 
@@ -212,6 +238,48 @@ impl Body {
             Inner::Http1(body) => Pin::new(&mut **body).poll_frame(cx),
             Inner::Http2(body) => body.poll_frame(cx),
             Inner::Boxed(body) => body.as_mut().poll_frame(cx),
+            Inner::Passing(body) => Pin::new(&mut **body).poll_frame(cx),
+        }
+    }
+
+    /// Waits for a receiver that does not take what there is, `length` bytes of it. That is charged to the account
+    /// meanwhile, and so is what comes in over HTTP/2: the sender goes on until its window is full. While the account
+    /// has no room the receiver has [`PATIENCE`], so that one that is slow is not taken for one that stands still.
+    pub async fn hold<T>(
+        &mut self,
+        account: Option<&Arc<Account>>,
+        length: usize,
+        receiver: impl Future<Output = T>,
+    ) -> Result<T, BodyError> {
+        let Some(account) = account else {
+            return Ok(receiver.await);
+        };
+        let mut held = account.open_charge(Resource::BufferedBytes);
+        let mut full = held.add(length).is_err();
+        let mut patience = None;
+        let mut receiver = std::pin::pin!(receiver);
+        poll_fn(|cx| {
+            if let Poll::Ready(ready) = receiver.as_mut().poll(cx) {
+                return Poll::Ready(Ok(ready));
+            }
+            full = full || self.poll_absorb(cx, account).is_ready();
+            if !full {
+                return Poll::Pending;
+            }
+            let late = patience.get_or_insert_with(|| Box::pin(sleep(PATIENCE)));
+            late.as_mut().poll(cx).map(|()| Err(BodyError::Limit))
+        })
+        .await
+    }
+
+    /// Takes in what has come over HTTP/2, charged to the account until it is asked for. Ready: the account has no
+    /// room for the last of it.
+    pub fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        match &mut self.0 {
+            // A socket is not read before it is asked for.
+            Inner::Empty | Inner::Full(_) | Inner::Http1(_) | Inner::Boxed(_) => Poll::Pending,
+            Inner::Http2(body) => body.poll_absorb(cx, account),
+            Inner::Passing(body) => body.poll_absorb(cx, account),
         }
     }
 }
@@ -232,8 +300,9 @@ impl http_body::Body for Body {
             Inner::Empty => true,
             Inner::Full(_) => false,
             Inner::Http1(body) => body.is_end_stream(),
-            Inner::Http2(body) => body.stream.is_end_stream(),
+            Inner::Http2(body) => body.is_end_stream(),
             Inner::Boxed(body) => body.is_end_stream(),
+            Inner::Passing(body) => body.is_end_stream(),
         }
     }
 
@@ -246,6 +315,7 @@ impl http_body::Body for Body {
                 .left
                 .map_or_else(SizeHint::default, SizeHint::with_exact),
             Inner::Boxed(body) => body.size_hint(),
+            Inner::Passing(body) => body.size_hint(),
         }
     }
 }
@@ -258,6 +328,7 @@ impl std::fmt::Debug for Inner {
             Self::Http1(_) => "Http1",
             Self::Http2(_) => "Http2",
             Self::Boxed(_) => "Boxed",
+            Self::Passing(_) => "Passing",
         })
     }
 }
@@ -269,6 +340,8 @@ struct Http2Body {
     left: Option<u64>,
     /// Handed out, but the peer has no window for it again yet.
     taken: usize,
+    /// Taken in before it was asked for.
+    ahead: Option<Box<Ahead>>,
     data_ended: bool,
     on_end: Option<OnEnd>,
 }
@@ -284,17 +357,17 @@ impl Http2Body {
             // Fails only when more is released than was received.
             let _ = self.stream.flow_control().release_capacity(taken);
         }
+        if let Some(ahead) = &mut self.ahead {
+            match ahead.next() {
+                Some(Ok(data)) => return Poll::Ready(Some(Ok(self.give(data)))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => self.ahead = None,
+            }
+        }
         while !self.data_ended {
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(data)) if data.is_empty() => {}
-                Some(Ok(data)) => {
-                    self.taken = data.len();
-                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
-                    if self.stream.is_end_stream() {
-                        self.ended();
-                    }
-                    return Poll::Ready(Some(Ok(Frame::data(data))));
-                }
+                Some(Ok(data)) => return Poll::Ready(Some(Ok(self.give(data)))),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 None => self.data_ended = true,
             }
@@ -312,6 +385,36 @@ impl Http2Body {
 }
 
 impl Http2Body {
+    fn give(&mut self, data: Bytes) -> Frame<Bytes> {
+        self.taken = data.len();
+        self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+        if self.is_end_stream() {
+            self.ended();
+        }
+        Frame::data(data)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ahead.as_ref().is_none_or(|ahead| ahead.is_empty()) && self.stream.is_end_stream()
+    }
+
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        while !self.data_ended {
+            let data = match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) if data.is_empty() => continue,
+                data => data,
+            };
+            let ahead = self
+                .ahead
+                .get_or_insert_with(|| Box::new(Ahead::new(account)));
+            self.data_ended = !matches!(data, Some(Ok(_)));
+            if ahead.put(data).is_err() {
+                return Poll::Ready(());
+            }
+        }
+        Poll::Pending
+    }
+
     fn ended(&mut self) {
         if let Some(mut on_end) = self.on_end.take() {
             on_end.ended();
@@ -328,14 +431,23 @@ pub enum PumpError {
     /// The receiver reset the stream.
     #[error("the receiver reset the stream: {0}")]
     Reset(Reason),
+    /// The receiver gave no window for too long.
+    #[error("the receiver does not read")]
+    Stalled,
     /// The connection of the stream failed.
     #[error("the stream failed: {0}")]
     Stream(h2::Error),
 }
 
-/// Sends a body to its end, no faster than the receiver takes it. The last data ends the stream where it is
-/// known to be the last.
-pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), PumpError> {
+/// Sends a body to its end, no faster than the receiver takes it; what waits for it is charged to `account`. The last
+/// data ends the stream where it is known to be the last. `stall`: how long the receiver may leave data without
+/// window; `None`: for ever.
+pub async fn pump(
+    mut body: Body,
+    to: &mut SendStream<Bytes>,
+    account: Option<&Arc<Account>>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     let result = async {
         loop {
             if body.is_end_stream() {
@@ -359,7 +471,7 @@ pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), Pump
             match frame.map_err(PumpError::Body)?.into_data() {
                 Ok(data) => {
                     let last = body.is_end_stream();
-                    send(data, last, to).await?;
+                    send(data, last, to, &mut body, account, stall).await?;
                     if last {
                         return Ok(());
                     }
@@ -376,18 +488,33 @@ pub async fn pump(mut body: Body, to: &mut SendStream<Bytes>) -> Result<(), Pump
     if let Err(error) = &result {
         to.send_reset(match error {
             PumpError::Body(error) => error.reason(),
-            PumpError::Reset(_) | PumpError::Stream(_) => Reason::CANCEL,
+            PumpError::Reset(_) | PumpError::Stalled | PumpError::Stream(_) => Reason::CANCEL,
         });
     }
     result
 }
 
 /// Sends data as the window allows.
-async fn send(mut data: Bytes, last: bool, to: &mut SendStream<Bytes>) -> Result<(), PumpError> {
+async fn send(
+    mut data: Bytes,
+    last: bool,
+    to: &mut SendStream<Bytes>,
+    body: &mut Body,
+    account: Option<&Arc<Account>>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     while !data.is_empty() {
         to.reserve_capacity(data.len());
         if to.capacity() == 0 {
-            match poll_fn(|cx| to.poll_capacity(cx)).await {
+            let capacity = poll_fn(|cx| to.poll_capacity(cx));
+            let held = body.hold(account, data.len(), capacity);
+            let held = match stall {
+                Some(stall) => timeout(stall, held)
+                    .await
+                    .map_err(|_late| PumpError::Stalled)?,
+                None => held.await,
+            };
+            match held.map_err(PumpError::Body)? {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(stream_error(error)),
                 None => return Err(PumpError::Reset(Reason::CANCEL)),

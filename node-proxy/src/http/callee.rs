@@ -16,13 +16,16 @@ use super::answer::{is_grpc, refusal, retry_after};
 use super::apps::{AppError, AppKey, Counted};
 use super::body::{Body, BodyError, ExchangeError};
 use super::h1::{self, SendError};
+use super::limits::{RateLimiter, charge_head};
+use super::policy::RateLimit;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
 use super::{protocol, wire};
 use crate::budget::Resource;
 use crate::pods::Pod;
-use crate::table::ServicePort;
+use crate::probe;
+use crate::table::{ServicePort, Table};
 use crate::telemetry::http::RequestLabels;
 use crate::telemetry::{Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
@@ -40,7 +43,7 @@ pub struct Call {
     pub source: IpAddr,
     /// The pod's address and port.
     pub target: SocketAddr,
-    /// The Service whose endpoint it is.
+    /// The Service that was addressed. None: the pod itself, or it is not known, as of plaintext.
     pub service: Option<Arc<ServicePort>>,
     /// How it came.
     pub security: Security,
@@ -90,14 +93,17 @@ pub async fn deliver(
         }
         response
     };
-    let charge = match pod.account.charge(Resource::Request) {
+    let charge = pod.account.charge(Resource::Request);
+    let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, request.headers())?))) {
         Ok(charge) => charge,
         Err(error) => {
             let response = refuse(&mut record, error);
             return watch(response, record, Bounds::default(), ());
         }
     };
-    if let Err((error, wait)) = limited(pod, call) {
+    if !is_probe(worker, pod, call, &request)
+        && let Err((error, wait)) = limited(&worker.context.table, pod, call)
+    {
         let mut response = refuse(&mut record, error);
         retry_after(&mut response, wait);
         return watch(response, record, Bounds::default(), ());
@@ -199,21 +205,45 @@ pub fn of_request_body(error: &BodyError) -> ProxyError {
         BodyError::TooLarge => ProxyError::BodyTooLarge,
         BodyError::Framing => ProxyError::MalformedRequest,
         BodyError::Timeout => ProxyError::SlowRequest,
+        BodyError::Limit => ProxyError::WorkloadLimit,
         _ => ProxyError::Cancelled,
     }
 }
 
-fn limited(pod: &Pod, call: &Call) -> Result<(), (ProxyError, Duration)> {
-    let Some(port) = &call.service else {
-        return Ok(());
+/// Judges a request by the rates of the Service that was addressed; where that is not known, by those of every
+/// Service whose endpoint the app is: no way around a Service is a way around its limits.
+fn limited(table: &Table, pod: &Pod, call: &Call) -> Result<(), (ProxyError, Duration)> {
+    let all;
+    let ports = match &call.service {
+        Some(port) => std::slice::from_ref(port),
+        None => {
+            all = table.service_ports(call.target);
+            &all
+        }
     };
-    let rules = port.http.load();
-    let Some(limit) = &rules.policy.rate_limit else {
-        return Ok(());
-    };
-    let now = Instant::now();
-    pod.rates
-        .of(&port.reference, now)
-        .check(limit, call.caller.identity.as_ref(), now)
-        .map_err(|limited| (ProxyError::RateLimited, limited.retry_after))
+    let caller = call.caller.identity.as_ref();
+    let mut taken: Vec<(Arc<RateLimiter>, Arc<RateLimit>)> = Vec::new();
+    for port in ports {
+        let rules = port.http.load();
+        let Some(limit) = &rules.policy.rate_limit else {
+            continue;
+        };
+        let now = Instant::now();
+        let limiter = pod.rates.of(&port.reference, now);
+        if let Err(limited) = limiter.check(limit, caller, now) {
+            for (limiter, limit) in &taken {
+                limiter.give_back(limit, caller, now);
+            }
+            return Err((ProxyError::RateLimited, limited.retry_after));
+        }
+        taken.push((limiter, Arc::clone(limit)));
+    }
+    Ok(())
+}
+
+/// Whether the kubelet asks what the pod declares: a pod whose callers use up its rate is not unhealthy.
+fn is_probe(worker: &Worker, pod: &Pod, call: &Call, request: &Request<Body>) -> bool {
+    call.security == Security::Plaintext
+        && worker.context.host.addresses.load().contains(&call.source)
+        && probe::is_declared(&pod.info.load(), call.target.port(), request)
 }

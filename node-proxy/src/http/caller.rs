@@ -21,8 +21,8 @@ use tokio::time::Instant as Clock;
 use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
 use super::body::Body;
-use super::limits::Permit;
-use super::policy::Policy;
+use super::limits::{Permit, charge_head};
+use super::policy::Fault;
 use super::route::Backend;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
@@ -35,6 +35,8 @@ use crate::telemetry::http::{MeterCache, RequestLabels};
 use crate::telemetry::{OpenConnection, Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod plan;
 mod tries;
 
@@ -67,6 +69,9 @@ pub struct Session {
     /// Its place in the TCP metrics, under what its first request with an answer was.
     open: OnceLock<OpenConnection>,
 }
+
+/// An answer, and why it is a proxy's own.
+type Answered = (Response<Body>, Option<ProxyError>);
 
 /// A request that goes no further.
 enum Stop {
@@ -133,7 +138,7 @@ impl Session {
         let addresses = (self.source, self.destination);
         let story = Story::begin(&self.worker.context, &mut parts, &labels, addresses);
         let record = Record { story, ..record };
-        let exchange = Exchange {
+        let mut exchange = Exchange {
             session: self,
             labels,
             record,
@@ -141,7 +146,8 @@ impl Session {
             permit: None,
             charge: None,
         };
-        exchange.run(parts, body).await
+        let carried = exchange.carry(parts, body).await;
+        exchange.finish(carried)
     }
 
     fn meter(&self, labels: &RequestLabels) -> Arc<crate::telemetry::http::RequestMeter> {
@@ -200,13 +206,14 @@ struct Exchange<'a> {
     record: Record,
     bounds: Bounds,
     permit: Option<Permit>,
-    charge: Option<Charge>,
+    /// The request, and its head if that is large.
+    charge: Option<(Charge, Option<Charge>)>,
 }
 
 impl Exchange<'_> {
-    async fn run(mut self, parts: Parts, body: Body) -> Response<Body> {
+    fn finish(mut self, carried: Result<Answered, Stop>) -> Response<Body> {
         let grpc = self.record.grpc;
-        let (response, error) = match self.carry(parts, body).await {
+        let (response, error) = match carried {
             Ok(answered) => answered,
             Err(Stop::Error(error)) => (refusal(error, grpc), Some(error)),
             Err(Stop::Answer(response, error)) => (*response, error),
@@ -226,12 +233,10 @@ impl Exchange<'_> {
         }
     }
 
-    async fn carry(
-        &mut self,
-        mut parts: Parts,
-        body: Body,
-    ) -> Result<(Response<Body>, Option<ProxyError>), Stop> {
-        self.charge = Some(self.session.pod.account.charge(Resource::Request)?);
+    async fn carry(&mut self, mut parts: Parts, body: Body) -> Result<Answered, Stop> {
+        let account = &self.session.pod.account;
+        let charge = account.charge(Resource::Request)?;
+        self.charge = Some((charge, charge_head(account, &parts.headers)?));
         let (plan, to) = self.plan(&mut parts).await?;
         let timeouts = &plan.policy.timeouts;
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);
@@ -261,7 +266,9 @@ impl Exchange<'_> {
         parts: Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
-        self.inject(&plan.policy).await?;
+        if let Some(fault) = &plan.policy.fault {
+            Box::pin(self.inject(fault)).await?;
+        }
         if let Goal::Port(port) = to {
             port.state.request(&plan.policy, Instant::now());
             let limits = port.http.load_full();
@@ -275,10 +282,7 @@ impl Exchange<'_> {
         self.tries(plan, to, parts, body).await
     }
 
-    async fn inject(&mut self, policy: &Policy) -> Result<(), Stop> {
-        let Some(fault) = &policy.fault else {
-            return Ok(());
-        };
+    async fn inject(&mut self, fault: &Fault) -> Result<(), Stop> {
         let decided = fault::decide(fault, &mut rand::rng());
         if let Some(delay) = decided.delay {
             tokio::time::sleep(delay).await;
@@ -299,7 +303,7 @@ impl Exchange<'_> {
 fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 {
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
     let amount: u64 = digits.parse().ok()?;
@@ -328,7 +332,7 @@ mod tests {
         assert_eq!(of("250m"), Some(Duration::from_millis(250)));
         assert_eq!(of("2S"), Some(Duration::from_secs(2)));
         assert_eq!(of("1H"), Some(Duration::from_secs(3600)));
-        for bad in ["", "S", "1", "1x", "123456789S", "-1S", "1é"] {
+        for bad in ["", "S", "1", "1x", "123456789S", "-1S", "+1S", "1é"] {
             assert_eq!(of(bad), None, "{bad}");
         }
     }

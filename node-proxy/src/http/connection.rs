@@ -28,12 +28,15 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::answer::refusal;
-use super::body::{Body, pump};
+use super::body::{Body, PumpError, pump};
 use super::detect::Protocol;
+use super::frames::{Abuse, Frames, STALL, Seen};
 use super::opening::Opening;
 use super::upgrade::Upgraded;
 use super::{callee, caller, h1, wire};
+use crate::budget::Account;
 use crate::pods::Pod;
+use crate::turns::Paced;
 use crate::worker::Worker;
 
 /// What the requests of a connection are.
@@ -81,7 +84,8 @@ impl Connection {
     }
 
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
-        let mut server = h1::Server::new(socket, begun, h1::Limits::default());
+        let mut server =
+            h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
         let mut draining = self.worker.draining();
         let mut leaving = false;
         let interims = Interims::default();
@@ -107,7 +111,7 @@ impl Connection {
                     self.malformed(&error);
                     if let Some(status) = error.status() {
                         // Who sent this need not hear the answer.
-                        let _ = server.respond(malformed(status)).await;
+                        let _ = server.respond(refused(&error, status)).await;
                         server.close().await;
                     }
                     return;
@@ -144,14 +148,14 @@ impl Connection {
                 Ok(h1::Reuse::No) => return server.close().await,
                 Ok(h1::Reuse::Raw) => {
                     if let (Some((socket, ahead)), Some(upgraded)) = (server.into_raw(), upgraded)
-                        && let Err(error) = upgraded.relay(socket, ahead).await
+                        && let Err(error) = upgraded.relay(socket, ahead, &self.pod.account).await
                     {
                         tracing::debug!(pod = %self.pod.uid, %error, "upgraded connection ended");
                     }
                     return;
                 }
                 Err(error) => {
-                    tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 connection ended");
+                    self.malformed(&error);
                     return;
                 }
             }
@@ -160,7 +164,9 @@ impl Connection {
 
     async fn http2(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let (reader, writer) = socket.into_split();
-        let io = join(Cursor::new(begun).chain(reader), writer);
+        let seen = Arc::new(Seen::default());
+        let io = Paced::new(join(Cursor::new(begun).chain(reader), writer));
+        let io = Frames::of_client(io, Arc::clone(&seen));
         let handshake = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -173,26 +179,37 @@ impl Connection {
             .handshake(io);
         let mut connection = match timeout(HANDSHAKE, handshake).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return self.broken(&error),
+            Ok(Err(error)) => return self.broken(&error, &seen),
             Err(_late) => return,
         };
         let mut draining = self.worker.draining();
         let mut leaving = false;
-        loop {
+        let mut requests = 0;
+        let in_order = loop {
             tokio::select! {
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
+                        requests += 1;
                         let own = Arc::clone(&self);
-                        self.worker.spawn(async move { own.stream(request, respond).await });
+                        let serving = async move { own.stream(request, respond).await };
+                        self.worker.spawn(Arc::clone(&self.pod.turns).take(serving));
                     }
-                    Some(Err(error)) => return self.broken(&error),
-                    None => return,
+                    Some(Err(error)) => {
+                        self.broken(&error, &seen);
+                        break !error.is_io();
+                    }
+                    None => break true,
                 },
                 _ = draining.wait_for(|draining| *draining), if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
                 }
             }
+        };
+        // Of one that was cut, or told to go, some streams may just not have been looked at.
+        if in_order && !leaving {
+            let refused = seen.streams().saturating_sub(requests);
+            self.pod.account.malformed("stream", refused);
         }
     }
 
@@ -215,7 +232,11 @@ impl Connection {
             while let Some(head) = interims.take() {
                 inform(head, &mut respond);
             }
-            send(response, &mut respond).await;
+            let account = Some(&self.pod.account);
+            let sent = send_within(response, &mut respond, account, Some(STALL)).await;
+            if let Err(PumpError::Stalled) = sent {
+                self.pod.account.malformed(Abuse::Stalled.name(), 1);
+            }
         }
     }
 
@@ -228,16 +249,19 @@ impl Connection {
     }
 
     fn malformed(&self, error: &h1::Error) {
-        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 request refused");
-        if error.status().is_some() {
-            self.pod.account.malformed(error.reason());
+        tracing::debug!(pod = %self.pod.uid, %error, "HTTP/1 connection ended");
+        let told = error.status().is_some() || matches!(error, h1::Error::Stalled);
+        if told && !is_limit(error) {
+            self.pod.account.malformed(error.reason(), 1);
         }
     }
 
-    fn broken(&self, error: &h2::Error) {
+    fn broken(&self, error: &h2::Error, seen: &Seen) {
         tracing::debug!(pod = %self.pod.uid, %error, "HTTP/2 connection ended");
-        if !error.is_io() {
-            self.pod.account.malformed("http2");
+        match seen.abuse() {
+            Some(abuse) => self.pod.account.malformed(abuse.name(), 1),
+            None if error.is_io() => {}
+            None => self.pod.account.malformed("http2", 1),
         }
     }
 }
@@ -298,24 +322,49 @@ pub fn inform(head: response::Parts, respond: &mut SendResponse<Bytes>) {
     let _ = respond.send_informational(response);
 }
 
-/// Sends an answer on an HTTP/2 stream.
-pub async fn send(response: Response<Body>, respond: &mut SendResponse<Bytes>) {
+/// Sends an answer on an HTTP/2 stream. What waits for the client is charged to `account`.
+pub async fn send(
+    response: Response<Body>,
+    respond: &mut SendResponse<Bytes>,
+    account: Option<&Arc<Account>>,
+) {
+    // Who reset the stream, or whose body failed, is told there.
+    let _ = send_within(response, respond, account, None).await;
+}
+
+/// As [`send`]. `stall`: how long the receiver may leave data without window.
+async fn send_within(
+    response: Response<Body>,
+    respond: &mut SendResponse<Bytes>,
+    account: Option<&Arc<Account>>,
+    stall: Option<Duration>,
+) -> Result<(), PumpError> {
     let (mut parts, body) = response.into_parts();
     parts.version = http::Version::HTTP_2;
     let ended = body.is_end_stream();
     // A client that has gone needs no answer; what the body holds is given back by its drop.
     let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), ended) else {
-        return;
+        return Ok(());
     };
-    if !ended && let Err(error) = pump(body, &mut stream).await {
-        tracing::debug!(%error, "answer not sent to its end");
+    if ended {
+        return Ok(());
     }
+    pump(body, &mut stream, account, stall)
+        .await
+        .inspect_err(|error| tracing::debug!(%error, "answer not sent to its end"))
 }
 
-fn malformed(status: StatusCode) -> Response<Body> {
+fn refused(error: &h1::Error, status: StatusCode) -> Response<Body> {
+    if is_limit(error) {
+        return refusal(ProxyError::WorkloadLimit, false);
+    }
     let mut response = refusal(ProxyError::MalformedRequest, false);
     *response.status_mut() = status;
     response
+}
+
+fn is_limit(error: &h1::Error) -> bool {
+    matches!(error, h1::Error::Refused(h1::Refused::Limit))
 }
 
 #[cfg(test)]
@@ -330,8 +379,8 @@ mod tests {
     #[test]
     fn an_idle_connection_holds_little() {
         let (http1, both) = (size(Connection::http1), size(Connection::serve));
-        assert!(http1 < 4 * 1024, "HTTP/1: {http1} bytes");
-        assert!(both < 4 * 1024 + 256, "any: {both} bytes");
+        assert!(http1 < 4 * 1024 + 256, "HTTP/1: {http1} bytes");
+        assert!(both < 4 * 1024 + 512, "any: {both} bytes");
     }
 
     #[test]

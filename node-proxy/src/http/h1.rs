@@ -21,6 +21,8 @@ mod case;
 mod chunked;
 mod client;
 mod encode;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod head;
 mod hop;
 mod incoming;
@@ -115,6 +117,9 @@ pub enum Refused {
     /// The head did not come in time.
     #[error("slow head")]
     SlowHead,
+    /// The client's workload holds as much as it may.
+    #[error("too much is held for the workload")]
+    Limit,
     /// A 101 that was not asked for, too many interim responses, or bytes after the end.
     #[error("unexpected response")]
     Unexpected,
@@ -140,6 +145,7 @@ impl Refused {
             }
             Self::Coding => StatusCode::NOT_IMPLEMENTED,
             Self::SlowHead => StatusCode::REQUEST_TIMEOUT,
+            Self::Limit => StatusCode::TOO_MANY_REQUESTS,
             Self::Unexpected => StatusCode::BAD_GATEWAY,
         }
     }
@@ -162,6 +168,7 @@ impl Refused {
             Self::TransferEncoding => "transfer_encoding",
             Self::Coding => "coding",
             Self::SlowHead => "slow_head",
+            Self::Limit => "limit",
             Self::Unexpected => "unexpected",
         }
     }

@@ -20,6 +20,8 @@ use crate::table::{ServicePort, Target, TargetState};
 
 mod compile;
 pub mod filter;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod grpc;
 mod http;
 mod matching;

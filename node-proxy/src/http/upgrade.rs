@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use http_body::Frame;
 use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
@@ -19,8 +19,10 @@ use tokio::sync::oneshot;
 use tokio_util::io::poll_read_buf;
 
 use super::apps::Holding;
-use super::body::{Body, BodyError, Held};
+use super::body::{Body, BodyError, Held, Passing};
 use super::h1;
+use crate::budget::Account;
+use crate::tcp::write_some;
 
 /// Extension of an answer after which the connection carries raw bytes.
 #[derive(Clone)]
@@ -88,7 +90,13 @@ impl Upgraded {
     }
 
     /// Copies both ways until both have ended. `ahead`: what was read of the client already.
-    pub async fn relay(self, client: TcpStream, ahead: Bytes) -> io::Result<()> {
+    /// What waits is charged to `account`.
+    pub async fn relay(
+        self,
+        client: TcpStream,
+        ahead: Bytes,
+        account: &Arc<Account>,
+    ) -> io::Result<()> {
         let Some(Open { way, held: _held }) = self.0.lock().take() else {
             return Ok(());
         };
@@ -98,7 +106,9 @@ impl Upgraded {
                 let sent = Body::boxed(Incoming::new(read, ahead, None));
                 let (from_app, to_app) = raw.stream.into_split();
                 let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.holding));
-                tokio::try_join!(write_body(sent, to_app), write_body(received, write)).map(|_| ())
+                let account = Some(account);
+                let up = write_body(sent, to_app, account);
+                tokio::try_join!(up, write_body(received, write, account)).map(|_| ())
             }
             Way::Stream { to, from } => {
                 let (held, ended) = oneshot::channel();
@@ -111,7 +121,7 @@ impl Upgraded {
                 if to.send(sent).is_err() {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
-                write_body(from, write).await?;
+                write_body(from, write, Some(account)).await?;
                 // The client's own direction is sent elsewhere; the connection is not over before it is. Nothing
                 // is ever said: the sender is dropped.
                 let _dropped = ended.await;
@@ -124,21 +134,38 @@ impl Upgraded {
 /// The app's connection as the two bodies of a stream: what it sends, and the work of writing what comes.
 pub fn split(raw: h1::Raw, incoming: Body) -> (Body, impl Future<Output = io::Result<()>>) {
     let (read, write) = raw.stream.into_split();
+    let account = raw
+        .holding
+        .as_ref()
+        .map(|holding| Arc::clone(holding.account()));
     let outgoing = Body::boxed(Incoming::new(read, raw.ahead, raw.holding));
-    (outgoing, write_body(incoming, write))
+    let writing = async move { write_body(incoming, write, account.as_ref()).await };
+    (outgoing, writing)
 }
 
 /// A body that is known later. Ends, cut short, if it never is.
 pub fn deferred() -> (oneshot::Sender<Body>, Body) {
     let (known, body) = oneshot::channel();
-    (known, Body::boxed(Deferred::Waiting(body)))
+    (known, Body::passing(Deferred::Waiting(body)))
 }
 
-async fn write_body(mut body: Body, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn write_body(
+    mut body: Body,
+    mut to: OwnedWriteHalf,
+    account: Option<&Arc<Account>>,
+) -> io::Result<()> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(io::Error::other)?;
-        if let Ok(data) = frame.into_data() {
-            to.write_all(&data).await?;
+        let Ok(mut data) = frame.into_data() else {
+            continue;
+        };
+        loop {
+            data.advance(write_some(to.as_ref(), &data)?);
+            if data.is_empty() {
+                break;
+            }
+            let held = body.hold(account, data.len(), to.writable()).await;
+            held.map_err(io::Error::other)??;
         }
     }
     to.shutdown().await
@@ -193,6 +220,15 @@ enum Deferred {
     Known(Body),
 }
 
+impl Passing for Deferred {
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        match self {
+            Self::Known(body) => body.poll_absorb(cx, account),
+            Self::Waiting(_) => Poll::Pending,
+        }
+    }
+}
+
 impl http_body::Body for Deferred {
     type Data = Bytes;
     type Error = BodyError;
@@ -218,6 +254,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::budget::Limits;
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -238,7 +275,11 @@ mod tests {
         });
         let guard = Arc::new(());
         upgraded.hold(Arc::clone(&guard));
-        let relaying = tokio::spawn(upgraded.relay(served, Bytes::from_static(b"early")));
+        let relaying = tokio::spawn(async move {
+            let account = Account::new("demo".into(), "web".into(), &Limits::default());
+            let ahead = Bytes::from_static(b"early");
+            upgraded.relay(served, ahead, &account).await
+        });
         let mut said = [0; 5];
         client.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"hello");

@@ -13,10 +13,11 @@ use mesh_api::errors::ProxyError;
 use tokio::time::{Sleep, sleep, sleep_until};
 
 use super::answer::grpc_trailers;
-use super::body::{Body, BodyError};
+use super::body::{Body, BodyError, Passing};
 use super::story::Story;
 use super::wire;
 use crate::balance::{self, Pick};
+use crate::budget::Account;
 use crate::telemetry::http::{InFlight, Outcome};
 
 /// What becomes of a request is told here, once: to the metrics, and to the balancer.
@@ -60,7 +61,7 @@ impl Sent {
             return body;
         }
         let bytes = self.0.get_or_insert_with(Arc::default);
-        Body::boxed(Counted {
+        Body::passing(Counted {
             body,
             bytes: Arc::clone(bytes),
         })
@@ -107,7 +108,7 @@ pub fn watch<H: Send + Unpin + 'static>(
         watched.ended();
         Body::empty()
     } else {
-        Body::boxed(watched)
+        Body::passing(watched)
     };
     Response::from_parts(parts, body)
 }
@@ -245,6 +246,12 @@ impl<H: Send + Unpin + 'static> http_body::Body for Watched<H> {
     }
 }
 
+impl<H: Send + Unpin + 'static> Passing for Watched<H> {
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        self.body.poll_absorb(cx, account)
+    }
+}
+
 impl<H> Drop for Watched<H> {
     fn drop(&mut self) {
         // A client that goes away says nothing about the endpoint.
@@ -284,6 +291,12 @@ impl http_body::Body for Counted {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+impl Passing for Counted {
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        self.body.poll_absorb(cx, account)
     }
 }
 

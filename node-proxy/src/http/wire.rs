@@ -247,5 +247,7 @@ const fn version(version: Version) -> &'static str {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use prost::Message;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-const CHECK: &str = "/grpc.health.v1.Health/Check";
+pub(super) const CHECK: &str = "/grpc.health.v1.Health/Check";
 /// A health check names a service; nothing longer passes.
 const MAX_MESSAGE: usize = 1024;
 
@@ -157,11 +157,18 @@ async fn read_message(mut body: RecvStream) -> Option<Bytes> {
         body.flow_control().release_capacity(chunk.len()).ok()?;
         bytes.extend_from_slice(&chunk);
     }
-    let bytes = bytes.freeze();
+    only_message(&bytes.freeze())
+}
+
+/// The message of a body that is one (gRPC over HTTP/2, "Length-Prefixed-Message"): not compressed, nothing behind it.
+fn only_message(bytes: &Bytes) -> Option<Bytes> {
     let length = u32::from_be_bytes(bytes.get(1..5)?.try_into().ok()?);
     let complete = bytes[0] == 0 && usize::try_from(length).ok()? == bytes.len() - 5;
     complete.then(|| bytes.slice(5..))
 }
+
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 #[cfg(test)]
 mod tests {

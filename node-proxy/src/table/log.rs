@@ -215,10 +215,18 @@ impl Held {
 }
 
 fn read(path: &Path) -> io::Result<Held> {
-    let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
     let file = File::open(path)?;
-    let mut left = file.metadata()?.len();
-    let mut file = BufReader::new(file);
+    let length = file.metadata()?.len();
+    let (held, torn) = read_from(BufReader::new(file), length)?;
+    if torn {
+        tracing::warn!(path = %path.display(), "the kept table ends within a change; it is used without that");
+    }
+    Ok(held)
+}
+
+/// Also whether it ends within a change.
+fn read_from(mut file: impl Read, mut left: u64) -> io::Result<(Held, bool)> {
+    let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
     let mut magic = [0; MAGIC.len()];
     if left < MAGIC.len() as u64 {
         return Err(invalid("it is too short"));
@@ -248,10 +256,7 @@ fn read(path: &Path) -> io::Result<Held> {
             .map_err(|_| invalid("a record is malformed"))?;
         held.take(response);
     }
-    if left > 0 {
-        tracing::warn!(path = %path.display(), "the kept table ends within a change; it is used without that");
-    }
-    Ok(held)
+    Ok((held, left > 0))
 }
 
 fn framed(body: &[u8]) -> Vec<u8> {
@@ -278,5 +283,7 @@ const WAITING: usize = 256;
 /// A small file is not written anew for every change.
 const SLACK: u64 = 1 << 20;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -159,7 +159,7 @@ impl Model {
             Kind::MeshConfig => self.apply_mesh(view, updates, &mut applied),
             Kind::Workload => self.apply_workloads(view, updates, removed, &mut applied),
             Kind::Service => self.apply_services(view, updates, removed, &mut applied),
-            Kind::EndpointSlice => self.apply_slices(updates, removed, &mut applied),
+            Kind::EndpointSlice => self.apply_slices(view, updates, removed, &mut applied),
             Kind::Route => self.apply_routes(updates, removed, &mut applied),
             Kind::BackendTrafficPolicy => {
                 self.apply_backend_policies(updates, removed, &mut applied);

@@ -108,7 +108,7 @@ fn remove(table: &Table, kind: Kind, names: &[&str]) {
 }
 
 fn table(services_complete: bool) -> Arc<Table> {
-    let table = Table::new();
+    let table = Table::new("node-1");
     put(&table, Kind::MeshConfig, &[settings(services_complete)]);
     table
 }
@@ -290,7 +290,7 @@ fn a_workload_that_is_new_and_not_valid_is_in_the_mesh_and_unreachable() {
 
 #[test]
 fn workloads_may_come_before_the_trust_domain() {
-    let table = Table::new();
+    let table = Table::new("node-1");
     let pods = [
         update("a", &workload("a", &["10.0.0.1"])),
         update("b", &workload("b", &["10.0.0.2"])),
@@ -305,7 +305,7 @@ fn workloads_may_come_before_the_trust_domain() {
 
 #[test]
 fn it_is_loaded_when_everything_of_every_type_is_there() {
-    let table = Table::new();
+    let table = Table::new("node-1");
     let loaded = table.loaded();
     for kind in Kind::ALL {
         assert!(!*loaded.borrow(), "before {kind:?}");
@@ -409,6 +409,82 @@ fn endpoints_come_from_all_slices_by_port_name() {
         &[slice("web-2", "other", &[("http", 1)], &[])],
     );
     assert_eq!(endpoints(&later), BTreeSet::new());
+}
+
+#[test]
+fn the_services_of_an_endpoint_of_this_node() {
+    let table = table(true);
+    let of = |endpoint: &str| -> Vec<String> {
+        let ports = table.service_ports(endpoint.parse().unwrap());
+        let mut names: Vec<_> = ports.iter().map(|p| p.reference.to_string()).collect();
+        names.sort();
+        names
+    };
+    let web = slice(
+        "web-1",
+        "web",
+        &[("http", 8080), ("metrics", 9090)],
+        &[("10.0.0.1", true), ("10.0.0.2", false)],
+    );
+    let far = mesh::EndpointSlice {
+        namespace: "demo".into(),
+        name: "web-2".into(),
+        service: "web".into(),
+        ports: vec![mesh::EndpointPort {
+            name: "http".into(),
+            port: 8080,
+        }],
+        endpoints: vec![mesh::Endpoint {
+            address: address_to_bytes(ip("10.0.0.3")),
+            ready: true,
+            node: "node-2".into(),
+            ..Default::default()
+        }],
+    };
+    put(
+        &table,
+        Kind::EndpointSlice,
+        &[web, update("demo/web-2", &far)],
+    );
+    let ports = [("http", 80, 0), ("metrics", 9000, 0)];
+    put(
+        &table,
+        Kind::Service,
+        &[service("web", &["10.96.0.1"], &ports)],
+    );
+    assert_eq!(of("10.0.0.1:8080"), ["demo/web:80"]);
+    assert_eq!(of("10.0.0.2:9090"), ["demo/web:9000"], "ready or not");
+    assert_eq!(of("10.0.0.3:8080"), [""; 0], "of another node");
+    assert_eq!(
+        of("10.0.0.1:80"),
+        [""; 0],
+        "the Service's port, not the pod's"
+    );
+
+    // Another Service of the same pods.
+    let other = slice("all-1", "all", &[("", 8080)], &[("10.0.0.1", true)]);
+    put(&table, Kind::EndpointSlice, &[other]);
+    let all = service("all", &["10.96.0.2"], &[("", 80, 0)]);
+    put(&table, Kind::Service, &[all]);
+    assert_eq!(of("10.0.0.1:8080"), ["demo/all:80", "demo/web:80"]);
+    let named = |reference: &str| {
+        let endpoint = "10.0.0.1:8080".parse().unwrap();
+        table.service_port(endpoint, reference).is_some()
+    };
+    assert!(named("demo/all:80") && named("demo/web:80"));
+    assert!(!named("demo/web:9000"), "another port's endpoint");
+
+    // Ports and endpoints go.
+    put(
+        &table,
+        Kind::Service,
+        &[service("web", &["10.96.0.1"], &ports[..1])],
+    );
+    assert_eq!(of("10.0.0.1:9090"), [""; 0]);
+    remove(&table, Kind::EndpointSlice, &["demo/web-1"]);
+    assert_eq!(of("10.0.0.1:8080"), ["demo/all:80"]);
+    remove(&table, Kind::Service, &["demo/all", "demo/web"]);
+    assert!(table.view.service_ports.is_empty());
 }
 
 #[tokio::test]

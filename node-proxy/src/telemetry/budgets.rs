@@ -71,7 +71,7 @@ impl Collector for Budgets {
         }
         let mut malformed = encoder.encode_descriptor(
             "workload_malformed",
-            "What a pod sent that is no valid HTTP, by reason",
+            "What a pod sent that is no valid HTTP or an attack, by reason",
             None,
             counter,
         )?;

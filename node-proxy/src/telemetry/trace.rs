@@ -20,6 +20,8 @@ use crate::config::Tracing;
 
 mod context;
 mod export;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod span;
 
 pub use context::{SpanId, TraceId};

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::identity::Trust;
 use crate::stock::Stock;
+use crate::turns::Paced;
 
 /// From the first packet to a tunnel that can be used.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,7 +35,7 @@ pub struct Dialed {
     /// To open streams with.
     pub send: SendRequest<Bytes>,
     /// To be driven by its own task.
-    pub connection: Connection<TlsStream<BufReader<TcpStream>>, Bytes>,
+    pub connection: Connection<Paced<TlsStream<BufReader<TcpStream>>>, Bytes>,
     /// Keepalive handle of `connection`.
     pub ping: h2::PingPong,
     /// The server.
@@ -107,7 +108,7 @@ async fn handshake(
         .max_header_list_size(MAX_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
-        .handshake(tls)
+        .handshake(Paced::new(tls))
         .await
         .map_err(http2_refusal)?;
     let mut ping = connection.ping_pong().ok_or(internal)?;

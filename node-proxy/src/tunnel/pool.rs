@@ -28,6 +28,7 @@ use crate::identity::{Identities, LocalIdentity, Trust};
 use crate::pods::{Host, Pod};
 use crate::stock::Stock;
 use crate::telemetry::{GaugeGuard, HandshakeLabels, SideLabels, Telemetry};
+use crate::turns::Paced;
 
 /// Streams on one tunnel before the next is opened.
 const STREAMS_PER_TUNNEL: usize = 1024;
@@ -314,7 +315,7 @@ impl Pool {
         key: &Key,
         tunnel: &Arc<Tunnel>,
         connection: h2::client::Connection<
-            tokio_rustls::client::TlsStream<tokio::io::BufReader<tokio::net::TcpStream>>,
+            Paced<tokio_rustls::client::TlsStream<tokio::io::BufReader<tokio::net::TcpStream>>>,
             Bytes,
         >,
         mut ping: h2::PingPong,

@@ -20,6 +20,7 @@ use super::{ABORT, FULL_FRAME};
 use crate::budget::Charge;
 use crate::tcp::{Broken, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
+use crate::turns::pause;
 
 /// A read of at least this size is a bulk transfer: the next one goes straight into memory that HTTP/2
 /// sends from, which saves a copy and costs a large allocation.
@@ -59,15 +60,18 @@ async fn into_tunnel(
     loop {
         to.reserve_capacity(FULL_FRAME);
         if to.capacity() == 0 {
-            // The stream's buffer is full: that much is held for a tunnel that does not drain.
-            buffered.add(super::SEND_BUFFER).map_err(Broken::Limit)?;
+            // The window or the stream's buffer is used up. How much of it waits here HTTP/2 does not tell: no more than
+            // the buffer, nor than was ever sent.
+            let sent = usize::try_from(count.get()).unwrap_or(usize::MAX);
+            let held = sent.min(super::SEND_BUFFER);
+            buffered.add(held).map_err(Broken::Limit)?;
             while to.capacity() == 0 {
                 match poll_fn(|cx| to.poll_capacity(cx)).await {
                     Some(Ok(_)) => {}
                     Some(Err(_)) | None => return Err(Broken::Stream),
                 }
             }
-            buffered.release(super::SEND_BUFFER);
+            buffered.release(held);
         }
         let limit = to.capacity().min(FULL_FRAME);
         let chunk = poll_fn(|cx| {
@@ -108,14 +112,17 @@ async fn out_of_tunnel(
     count: &Meter,
     buffered: &mut Charge,
 ) -> Result<(), Broken> {
+    let mut done = 0;
     while let Some(chunk) = from.data().await {
         let chunk = chunk.map_err(|_| Broken::Stream)?;
         count.add(chunk.len());
+        done += chunk.len();
         let written = write_some(to, &chunk)?;
         release(from, written)?;
         if written < chunk.len() {
             write_backlog(from, to, chunk.slice(written..), count, buffered).await?;
         }
+        pause(&mut done).await;
     }
     Ok(finish_writing(to)?)
 }

@@ -33,6 +33,7 @@ use crate::identity::LocalIdentity;
 use crate::pods::{CapturedGuard, Pod};
 use crate::tcp::reset_on_close;
 use crate::telemetry::{GaugeGuard, HandshakeLabels, Party, Reporter, Security, SideLabels};
+use crate::turns::{Paced, Turns};
 use crate::worker::Worker;
 
 mod request;
@@ -63,6 +64,8 @@ struct Tunnel {
     /// Generation of the roots that the peer was judged by.
     trust: u64,
     address: SocketAddr,
+    /// Of all tunnels of the peer's identity on this thread.
+    turns: Arc<Turns>,
 }
 
 /// Serves one connection to a tunnel listener until it ends.
@@ -119,6 +122,7 @@ pub async fn serve(
                 .clone();
             let _open = GaugeGuard::new(&open);
             let tunnel = Arc::new(Tunnel {
+                turns: worker.turns_of(&peer.identity),
                 worker,
                 entrance,
                 local,
@@ -230,7 +234,7 @@ impl Tunnel {
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_streams(MAX_STREAMS)
             .enable_connect_protocol()
-            .handshake(tls);
+            .handshake(Paced::new(tls));
         let mut connection: Connection<_, Bytes> =
             match timeout(HANDSHAKE_TIMEOUT, connection).await {
                 Ok(Ok(connection)) => connection,
@@ -306,10 +310,10 @@ impl Tunnel {
             .clone();
         let open = GaugeGuard::new(&streams);
         let tunnel = Arc::clone(self);
-        self.worker.spawn(async move {
+        self.worker.spawn(Arc::clone(&self.turns).take(async move {
             tunnel.stream(request, respond).await;
             drop(open);
-        });
+        }));
     }
 
     async fn stream(

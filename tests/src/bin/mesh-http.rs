@@ -17,7 +17,7 @@ use clap::Parser;
 use futures::stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use hyper::header::{HeaderMap, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, Version};
@@ -88,6 +88,8 @@ struct State {
 struct Control {
     /// `delay=MS`: before the answer's head.
     delay_ms: u64,
+    /// `read=MS`: before each piece of the request's body is read.
+    read_ms: u64,
     /// `fail=PERCENT`: of all requests, evenly spread, are answered with `status`.
     fail: u64,
     /// `first=N`: the first requests of each path and query are answered with `status`.
@@ -116,6 +118,7 @@ impl Control {
             let number = value.parse::<u64>().ok();
             match key {
                 "delay" => self.delay_ms = number.unwrap_or_default(),
+                "read" => self.read_ms = number.unwrap_or_default(),
                 "fail" => self.fail = number.unwrap_or_default(),
                 "first" => self.first = number.unwrap_or_default(),
                 "status" => self.status = value.parse().ok(),
@@ -230,7 +233,13 @@ async fn answer(
 
     let (mut length, mut digest) = (0u64, 0xcbf2_9ce4_8422_2325_u64);
     let mut trailers = BTreeMap::new();
-    while let Some(frame) = body.frame().await {
+    loop {
+        if control.read_ms > 0 && !body.is_end_stream() {
+            tokio::time::sleep(Duration::from_millis(control.read_ms)).await;
+        }
+        let Some(frame) = body.frame().await else {
+            break;
+        };
         match frame?.into_data() {
             Ok(data) => {
                 length += data.len() as u64;

@@ -23,6 +23,7 @@ use tokio::time::{Instant, interval, timeout};
 use super::{AppError, AppKey, Holding, IDLE, Key, Pool, SWEEP, State, connect};
 use crate::http::body::{Body, ExchangeError, exchange};
 use crate::http::h1::remove_hop_by_hop;
+use crate::turns::Paced;
 
 /// Windows of a stream and of a connection: what a caller that does not read can make the proxy hold.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -141,7 +142,13 @@ pub(super) async fn send(
             Ok(mut ready) => {
                 let request = for_http2(request);
                 let connection = Arc::clone(&place.0);
-                let sent = exchange(&mut ready, request, Some(Box::new(place))).await;
+                let sent = exchange(
+                    &mut ready,
+                    request,
+                    Some(Box::new(place)),
+                    Arc::clone(&key.pod.account),
+                )
+                .await;
                 if let Err(ExchangeError::Connection(_) | ExchangeError::Unusable(_)) = &sent {
                     connection.closed.store(true, Ordering::Relaxed);
                 }
@@ -262,7 +269,7 @@ fn shelve(
     Some(connection)
 }
 
-type Driving = h2::client::Connection<TcpStream, Bytes>;
+type Driving = h2::client::Connection<Paced<TcpStream>, Bytes>;
 
 async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h2::Error> {
     h2::client::Builder::new()
@@ -271,7 +278,7 @@ async fn handshake(stream: TcpStream) -> Result<(SendRequest<Bytes>, Driving), h
         .max_header_list_size(MAX_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
-        .handshake(stream)
+        .handshake(Paced::new(stream))
         .await
 }
 

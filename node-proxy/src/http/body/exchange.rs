@@ -1,6 +1,7 @@
 //! One request and its answer over an HTTP/2 connection of ours.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
@@ -11,6 +12,8 @@ use http_body::Body as _;
 use tokio::task::AbortHandle;
 
 use super::{Body, BodyError, PumpError, pump};
+use crate::budget::Account;
+use crate::http::frames::STALL;
 use crate::http::h1::OnInterim;
 
 /// What is held until the answer has ended: a place on the connection, a charge.
@@ -58,12 +61,13 @@ impl ExchangeError {
 /// the stream, and so does dropping the answer's body before its end. `send` must be ready
 /// ([`SendRequest::ready`]). Interim responses go to the request's [`OnInterim`].
 ///
-/// The request's body is sent while the answer is waited for, and in a task of its own if the answer's head
+/// What the request's body has waiting is charged to `account`. The body is sent while the answer is waited for, and in a task of its own if the answer's head
 /// comes first; the task ends with the body or the stream.
 pub async fn exchange(
     send: &mut SendRequest<Bytes>,
     request: Request<Body>,
     held: Option<Held>,
+    account: Arc<Account>,
 ) -> Result<Response<Body>, ExchangeError> {
     let (mut parts, body) = request.into_parts();
     let interim = parts.extensions.remove::<OnInterim>();
@@ -72,7 +76,9 @@ pub async fn exchange(
     let (mut response, mut stream) = send
         .send_request(request, ended)
         .map_err(ExchangeError::Unusable)?;
-    let mut upload = (!ended).then(|| Box::pin(async move { pump(body, &mut stream).await }));
+    let mut upload = (!ended).then(|| {
+        Box::pin(async move { pump(body, &mut stream, Some(&account), Some(STALL)).await })
+    });
     let head = poll_fn(|cx| {
         loop {
             match response.poll_informational(cx) {

@@ -6,7 +6,9 @@ use http::{HeaderValue, Request, Response};
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::budget::Limits;
 use crate::http::h1::OnInterim;
+use crate::http::watched::Sent;
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -45,6 +47,18 @@ fn streamed(parts: Vec<Result<Frame<Bytes>, BodyError>>) -> Body {
 
 fn data(bytes: &'static str) -> Result<Frame<Bytes>, BodyError> {
     Ok(Frame::data(Bytes::from_static(bytes.as_bytes())))
+}
+
+fn account() -> Arc<Account> {
+    bounded(1 << 20)
+}
+
+fn bounded(buffered_bytes: usize) -> Arc<Account> {
+    let limits = Limits {
+        buffered_bytes,
+        ..Limits::default()
+    };
+    Account::new("demo".into(), "web".into(), &limits)
 }
 
 fn trailers() -> HeaderMap {
@@ -90,7 +104,7 @@ async fn a_body_larger_than_the_window_goes_through_both_ways() {
         let mut to = respond.send_response(Response::new(()), false).unwrap();
         let body = Body::http2(stream, &parts.headers);
         assert_eq!(body.size_hint().exact(), None);
-        pump(body, &mut to).await.unwrap();
+        pump(body, &mut to, None, None).await.unwrap();
     };
     let large: Vec<_> = (0..50)
         .map(|_| {
@@ -99,7 +113,7 @@ async fn a_body_larger_than_the_window_goes_through_both_ways() {
         .chain([Ok(Frame::trailers(trailers()))])
         .collect();
     let asking = async {
-        let response = exchange(&mut send, post(streamed(large)), None)
+        let response = exchange(&mut send, post(streamed(large)), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -129,10 +143,10 @@ async fn the_last_data_ends_the_stream() {
         let mut to = respond
             .send_response(response.body(()).unwrap(), false)
             .unwrap();
-        pump(Body::full("ok"), &mut to).await.unwrap();
+        pump(Body::full("ok"), &mut to, None, None).await.unwrap();
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::full("abc")), None)
+        let response = exchange(&mut send, post(Body::full("abc")), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -155,11 +169,11 @@ async fn a_reset_is_heard_on_either_side() {
         let frames =
             futures::stream::unfold(fed, |mut fed| async { Some((fed.recv().await?, fed)) });
         let body = Body::boxed(http_body_util::StreamBody::new(frames));
-        let error = pump(body, &mut to).await.unwrap_err();
+        let error = pump(body, &mut to, None, None).await.unwrap_err();
         assert!(matches!(error, PumpError::Body(BodyError::Truncated)));
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::empty()), None)
+        let response = exchange(&mut send, post(Body::empty()), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -182,16 +196,41 @@ async fn a_reset_is_heard_on_either_side() {
         let never = Body::boxed(http_body_util::StreamBody::new(futures::stream::pending::<
             Result<Frame<Bytes>, BodyError>,
         >()));
-        pump(never, &mut to).await.unwrap_err()
+        pump(never, &mut to, None, None).await.unwrap_err()
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::empty()), None)
+        let response = exchange(&mut send, post(Body::empty()), None, account())
             .await
             .unwrap();
         drop(response);
     };
     let (error, ()) = tokio::join!(serving, asking);
     assert!(matches!(error, PumpError::Reset(Reason::CANCEL)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receiver_that_gives_no_window_is_left() {
+    let stall = std::time::Duration::from_secs(300);
+    let (mut send, mut requests) = connected(10).await;
+    let serving = async {
+        let (_request, mut respond) = requests.recv().await.unwrap();
+        let mut to = respond.send_response(Response::new(()), false).unwrap();
+        pump(Body::full("eleven bytes"), &mut to, None, Some(stall)).await
+    };
+    let asking = async {
+        let began = tokio::time::Instant::now();
+        let response = exchange(&mut send, post(Body::empty()), None, account()).await;
+        let mut body = response.unwrap().into_body();
+        let data = body.frame().await.unwrap().unwrap();
+        assert_eq!(data.into_data().unwrap(), "eleven byt");
+        // What was handed out is held: no window for the rest until more is asked for.
+        tokio::time::sleep(stall * 2).await;
+        let failed = body.frame().await.unwrap();
+        assert!(matches!(failed, Err(BodyError::Reset(Reason::CANCEL))));
+        began.elapsed()
+    };
+    let (sent, _) = tokio::join!(serving, asking);
+    assert!(matches!(sent, Err(PumpError::Stalled)), "{sent:?}");
 }
 
 #[tokio::test]
@@ -205,7 +244,7 @@ async fn an_unprocessed_request_is_known_as_such() {
             let (_request, mut respond) = requests.recv().await.unwrap();
             respond.send_reset(reason);
         };
-        let asking = exchange(&mut send, post(Body::full("abc")), None);
+        let asking = exchange(&mut send, post(Body::full("abc")), None, account());
         let ((), failed) = tokio::join!(refusing, asking);
         let error = failed.unwrap_err();
         assert!(matches!(error, ExchangeError::Reset(heard) if heard == reason));
@@ -215,6 +254,7 @@ async fn an_unprocessed_request_is_known_as_such() {
         &mut send,
         post(streamed(vec![Err(BodyError::Timeout)])),
         None,
+        account(),
     );
     assert!(matches!(
         failing.await,
@@ -241,7 +281,7 @@ async fn interim_responses_reach_whoever_asked_for_them() {
         tokio::task::yield_now().await;
         respond.send_response(Response::new(()), true).unwrap();
     };
-    let ((), response) = tokio::join!(serving, exchange(&mut send, request, None));
+    let ((), response) = tokio::join!(serving, exchange(&mut send, request, None, account()));
     assert!(response.unwrap().into_body().is_end_stream());
     assert_eq!(heard.load(Ordering::Relaxed), 1);
 }
@@ -262,8 +302,10 @@ async fn what_is_held_is_held_to_the_end_of_the_answer_and_the_upload_with_it() 
         (request, to)
     };
     let guard = Box::new(Arc::clone(&held));
-    let ((request, _to), response) =
-        tokio::join!(serving, exchange(&mut send, post(body), Some(guard)));
+    let ((request, _to), response) = tokio::join!(
+        serving,
+        exchange(&mut send, post(body), Some(guard), account())
+    );
     let response = response.unwrap();
     // The upload goes on while nobody reads the answer.
     feed.send("more").await.unwrap();
@@ -274,4 +316,52 @@ async fn what_is_held_is_held_to_the_end_of_the_answer_and_the_upload_with_it() 
     assert_eq!(Arc::strong_count(&held), 1);
     feed.closed().await;
     assert!(upload.data().await.unwrap().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_while_the_receiver_takes_nothing_is_charged_and_bounded() {
+    for (bound, fits) in [(1 << 20, true), (4_000, false)] {
+        let (mut send, mut requests) = connected(65_535).await;
+        let account = bounded(bound);
+        let used = || account.used(Resource::BufferedBytes);
+        let serving = async {
+            let (request, mut respond) = requests.recv().await.unwrap();
+            let (parts, stream) = request.into_parts();
+            // As it is where an answer's bytes are counted on their way.
+            let mut body = Sent::default().count(Body::http2(stream, &parts.headers));
+            let come = async {
+                while used() < 6_000 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            let waited = body.hold(Some(&account), 10, come).await;
+            if !fits {
+                assert!(matches!(waited, Err(BodyError::Limit)));
+                assert_eq!(account.refused(Resource::BufferedBytes), 1);
+                drop(body);
+                assert_eq!(used(), 0);
+                return respond.send_reset(Reason::CANCEL);
+            }
+            waited.unwrap();
+            assert!((6_000..7_000).contains(&used()), "{}", used());
+            assert!(!body.is_end_stream());
+            let mut length = 0;
+            while let Some(frame) = body.frame().await {
+                match frame.unwrap().into_data() {
+                    Ok(data) => length += data.len(),
+                    Err(frame) => assert_eq!(frame.into_trailers().unwrap(), trailers()),
+                }
+            }
+            assert_eq!((length, used()), (6_000, 0));
+            respond.send_response(Response::new(()), true).unwrap();
+        };
+        let body: Vec<_> = (0..3)
+            .map(|_| Ok(Frame::data(Bytes::from("0123456789".repeat(200)))))
+            .chain([Ok(Frame::trailers(trailers()))])
+            .collect();
+        let own = self::account();
+        let asking = exchange(&mut send, post(streamed(body)), None, own);
+        let ((), answered) = tokio::join!(serving, asking);
+        assert_eq!(answered.is_ok(), fits);
+    }
 }

@@ -1,6 +1,7 @@
 //! The tries of one request: endpoint, attempt, and whether and when there is another.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use http::header::HeaderMap;
@@ -12,6 +13,7 @@ use tokio::time::Instant as Clock;
 use super::plan::{Goal, Plan};
 use super::{Exchange, Stop};
 use crate::balance::{Pick, PickContext};
+use crate::budget::Account;
 use crate::http::attempt::{Answer, Failed, Way};
 use crate::http::body::Body;
 use crate::http::policy::{OverBudget, Policy};
@@ -31,7 +33,7 @@ impl Exchange<'_> {
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
         let policy = &plan.policy;
-        let mut source = Source::new(body, policy);
+        let mut source = Source::new(body, policy, &self.session.pod.account);
         let mut tried = Vec::new();
         let mut retries = 0;
         let mut last: Option<ProxyError> = None;
@@ -191,13 +193,13 @@ enum Source {
 }
 
 impl Source {
-    fn new(body: Body, policy: &Policy) -> Self {
+    fn new(body: Body, policy: &Policy, account: &Arc<Account>) -> Self {
         if body.is_end_stream() {
             Self::Empty
         } else if policy.retry.attempts == 0 {
             Self::Once(Some(body))
         } else {
-            Self::Replay(Replay::new(body, policy.retry.max_body))
+            Self::Replay(Replay::new(body, policy.retry.max_body).charged_to(account))
         }
     }
 
@@ -205,7 +207,7 @@ impl Source {
         match self {
             Self::Empty => Some(Body::empty()),
             Self::Once(body) => body.take(),
-            Self::Replay(replay) => replay.attempt().map(Body::boxed),
+            Self::Replay(replay) => replay.attempt().map(Body::passing),
         }
     }
 

@@ -118,9 +118,10 @@ impl Client {
     /// On an open connection that is charged to a workload.
     pub fn with(stream: TcpStream, holding: Option<Holding>, limits: Arc<Limits>) -> Self {
         let (read, write) = stream.into_split();
+        let account = holding.as_ref().map(|h| Arc::clone(h.account()));
         Self {
             reader: Reader::new(read, &[]),
-            writer: Writer::new(write, None),
+            writer: Writer::new(write, Some(limits.body_idle), account),
             limits,
             used: false,
             holding,
@@ -172,7 +173,7 @@ impl Client {
             // What fits into the socket's buffer needs nobody to read it.
             Some(framing) if body.as_full().is_none_or(|full| full.len() > SMALL) => {
                 let upload = upload(writer, head, body, framing, parts);
-                stream(&mut reader, &limits, parts, upload, progress).await?
+                Box::pin(stream(&mut reader, &limits, parts, upload, progress)).await?
             }
             framing => {
                 let framing = framing.unwrap_or(Framing::Length(0));

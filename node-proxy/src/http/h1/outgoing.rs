@@ -1,9 +1,11 @@
 //! Writes a message: its head together with what there is of its body, then the rest as it comes.
 //!
 //! Small pieces are gathered, so that a message that is here takes one system call; large ones are written
-//! from where they are. Nothing is read from the body while the socket does not take what is there.
+//! from where they are. Nothing is asked of the body while the socket does not take what is there; what waits is
+//! charged to the workload ([`Body::hold`]).
 
 use std::io::{self, IoSlice};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -15,6 +17,7 @@ use tokio::time::timeout;
 use super::case::HeaderCase;
 use super::encode;
 use super::head::Framing;
+use crate::budget::Account;
 use crate::http::body::{Body, BodyError};
 
 /// Data up to this size is copied behind what waits to be written.
@@ -44,6 +47,8 @@ pub(super) struct Writer {
     io: Option<OwnedWriteHalf>,
     /// How long the receiver may take nothing. None: for ever.
     stall: Option<Duration>,
+    /// Whom what waits for the receiver is charged to.
+    account: Option<Arc<Account>>,
 }
 
 impl Drop for Writer {
@@ -55,11 +60,20 @@ impl Drop for Writer {
 }
 
 impl Writer {
-    pub(super) fn new(io: OwnedWriteHalf, stall: Option<Duration>) -> Self {
+    pub(super) fn new(
+        io: OwnedWriteHalf,
+        stall: Option<Duration>,
+        account: Option<Arc<Account>>,
+    ) -> Self {
         Self {
             io: Some(io),
             stall,
+            account,
         }
+    }
+
+    pub(super) fn charge_to(&mut self, account: &Arc<Account>) {
+        self.account = Some(Arc::clone(account));
     }
 
     pub(super) fn socket(&self) -> &TcpStream {
@@ -92,7 +106,7 @@ impl Writer {
             let frame = match body.frame_now().await {
                 Some(frame) => frame,
                 None => {
-                    self.all(&out).await?;
+                    self.behind(&out, &mut body).await?;
                     out = Vec::new();
                     body.frame().await
                 }
@@ -102,7 +116,7 @@ impl Writer {
                 Some(Ok(frame)) => frame,
                 Some(Err(error)) => {
                     // What came before it is still the receiver's.
-                    self.all(&out).await?;
+                    self.behind(&out, &mut body).await?;
                     return Err(Failure::Body(error));
                 }
             };
@@ -110,11 +124,11 @@ impl Writer {
                 Ok(data) => {
                     let length = data.len() as u64;
                     if length > left {
-                        self.all(&out).await?;
+                        self.behind(&out, &mut body).await?;
                         return Err(Failure::Body(BodyError::Framing));
                     }
                     left -= length;
-                    self.data(&mut out, data, framing).await?;
+                    self.data(&mut out, data, framing, &mut body).await?;
                 }
                 Err(frame) => {
                     if framing == Framing::Chunked
@@ -122,7 +136,7 @@ impl Writer {
                     {
                         out.extend_from_slice(b"0\r\n");
                         encode::trailers(&mut out, case.as_ref(), &trailers);
-                        return self.all(&out).await;
+                        return self.behind(&out, &mut body).await;
                     }
                     break;
                 }
@@ -130,13 +144,13 @@ impl Writer {
         }
         match framing {
             Framing::Length(_) if left > 0 => {
-                self.all(&out).await?;
+                self.behind(&out, &mut body).await?;
                 return Err(Failure::Body(BodyError::Truncated));
             }
             Framing::Length(_) | Framing::Close => {}
             Framing::Chunked => out.extend_from_slice(b"0\r\n\r\n"),
         }
-        self.all(&out).await
+        self.behind(&out, &mut body).await
     }
 
     async fn data(
@@ -144,6 +158,7 @@ impl Writer {
         out: &mut Vec<u8>,
         data: Bytes,
         framing: Framing,
+        body: &mut Body,
     ) -> Result<(), Failure> {
         if data.is_empty() {
             // An empty chunk would be the last.
@@ -158,22 +173,27 @@ impl Writer {
             out.extend_from_slice(&data);
             out.extend_from_slice(end);
             if out.len() >= GATHERED {
-                self.all(out).await?;
+                self.behind(out, body).await?;
                 out.clear();
             }
             return Ok(());
         }
-        self.gather([out.as_slice(), &data, end]).await?;
+        self.gather([out.as_slice(), &data, end], body).await?;
         out.clear();
         Ok(())
     }
 
     /// Writes all of `bytes`.
     pub(super) async fn all(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        self.gather([bytes, b"", b""]).await
+        self.behind(bytes, &mut Body::empty()).await
     }
 
-    async fn gather(&mut self, parts: [&[u8]; 3]) -> Result<(), Failure> {
+    /// Writes all of `bytes`, which `body` follows.
+    async fn behind(&mut self, bytes: &[u8], body: &mut Body) -> Result<(), Failure> {
+        self.gather([bytes, b"", b""], body).await
+    }
+
+    async fn gather(&mut self, parts: [&[u8]; 3], body: &mut Body) -> Result<(), Failure> {
         let mut parts = parts;
         while parts.iter().any(|part| !part.is_empty()) {
             let written = if parts[1].is_empty() && parts[2].is_empty() {
@@ -190,7 +210,12 @@ impl Writer {
                         written -= now;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable().await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let length = parts.iter().map(|part| part.len()).sum();
+                    // Boxed: what it takes to wait is large, and seldom needed.
+                    let held = Box::pin(body.hold(self.account.as_ref(), length, self.writable()));
+                    held.await.map_err(Failure::Body)??;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }

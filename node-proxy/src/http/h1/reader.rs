@@ -78,6 +78,12 @@ impl Reader {
         Poll::Ready(Ok(read))
     }
 
+    /// As if it had been read.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn feed(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
     #[cfg(test)]
     pub(super) fn capacity(&self) -> usize {
         self.buffer.capacity()

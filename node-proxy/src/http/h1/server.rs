@@ -24,7 +24,9 @@ use super::incoming::{IncomingBody, Lent, Owner, Rest, Returned, drain};
 use super::outgoing::{Failure, Writer};
 use super::reader::Reader;
 use super::{Error, Limits, Refused};
-use crate::http::body::Body;
+use crate::budget::{Account, Charge, Resource};
+use crate::http::body::{Body, BodyError};
+use crate::http::limits::MOST_UNCHARGED;
 use crate::tcp;
 
 /// An unread request body up to this size is read to its end for the sake of the next request.
@@ -54,6 +56,8 @@ pub struct Server {
     writer: Writer,
     limits: Limits,
     request: Current,
+    /// What was read and not asked for, if someone is charged.
+    held: Option<Charge>,
 }
 
 /// What must be known of a request to answer it.
@@ -85,10 +89,18 @@ impl Server {
         Self {
             reader: Some(Reader::new(read, &prefix)),
             lent: None,
-            writer: Writer::new(write, Some(limits.body_idle)),
+            writer: Writer::new(write, Some(limits.body_idle), None),
             limits,
             request: Current::unknown(),
+            held: None,
         }
+    }
+
+    /// Charges what waits, of the client or for it, to a workload.
+    pub fn charged_to(mut self, account: &Arc<Account>) -> Self {
+        self.writer.charge_to(account);
+        self.held = Some(account.open_charge(Resource::BufferedBytes));
+        self
     }
 
     /// The next request. None: there will be none, and the connection is to be closed. The answer to
@@ -142,7 +154,10 @@ impl Server {
                 if end > limits.head {
                     return Err(scan.too_large(limits.head).into());
                 }
-                return Ok(Some(reader.take(end)));
+                let head = reader.take(end);
+                // From here on the request is charged.
+                charge(&mut self.held, reader)?;
+                return Ok(Some(head));
             }
             if buffered.len() >= limits.head {
                 return Err(scan.too_large(limits.head).into());
@@ -167,6 +182,7 @@ impl Server {
                     Ok(None)
                 };
             }
+            charge(&mut self.held, reader)?;
         }
     }
 
@@ -347,7 +363,8 @@ impl Server {
             Err(Failure::Body(error)) => {
                 // Where the end of the connection would be taken for the end of the body, only a reset
                 // tells.
-                if framing == Some(Framing::Close) {
+                // A client that does not read would keep the kernel's memory.
+                if framing == Some(Framing::Close) || matches!(error, BodyError::Limit) {
                     self.reset();
                 }
                 Err(Error::Body(error))
@@ -398,7 +415,9 @@ impl Server {
             // What is sent ahead is read ahead, up to the size of a head.
             while reader.buffered().len() < most {
                 match reader.poll_fill(cx) {
-                    Poll::Ready(Ok(1..)) => {}
+                    Poll::Ready(Ok(1..)) if charge(&mut self.held, reader).is_ok() => {}
+                    // The workload holds too much already: no more is read.
+                    Poll::Ready(Ok(1..)) => break,
                     Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(()),
                     Poll::Pending => break,
                 }
@@ -449,6 +468,16 @@ impl Server {
         let (read, ahead) = self.reader?.into_parts();
         Some((self.writer.reunite(read)?, ahead))
     }
+}
+
+/// Charges what was read and not taken, where it is more than a client usually sends at once.
+fn charge(held: &mut Option<Charge>, reader: &Reader) -> Result<(), Refused> {
+    let Some(held) = held else {
+        return Ok(());
+    };
+    let length = reader.buffered().len();
+    let length = if length < MOST_UNCHARGED { 0 } else { length };
+    held.resize(length).map_err(|_| Refused::Limit)
 }
 
 fn expects_continue(headers: &HeaderMap) -> bool {

@@ -90,6 +90,17 @@ impl RateLimiter {
         Ok(())
     }
 
+    /// Takes back a request that passed here but went no further.
+    pub fn give_back(&self, limit: &RateLimit, caller: Option<&Identity>, now: Instant) {
+        let now = nanos(now.saturating_duration_since(self.start));
+        if let Some(rate) = limit.of(caller) {
+            self.entry(caller, now).of(self).give_back(&rate);
+        }
+        if let Some(rate) = &limit.total {
+            self.total.give_back(rate);
+        }
+    }
+
     fn entry(&self, caller: Option<&Identity>, now: u64) -> Entry {
         let Some(caller) = caller else {
             return Entry::Others;

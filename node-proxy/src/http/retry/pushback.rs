@@ -32,7 +32,9 @@ impl Pushback {
             return value
                 .to_str()
                 .ok()
-                .and_then(|value| value.trim().parse().ok())
+                .map(str::trim)
+                .filter(|value| value.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|value| value.parse().ok())
                 .map_or(Self::Never, |millis| {
                     Self::bounded(Duration::from_millis(millis))
                 });

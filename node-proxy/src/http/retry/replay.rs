@@ -14,6 +14,9 @@ use http::HeaderMap;
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 
+use crate::budget::{Account, Charge, Resource};
+use crate::http::body::{self, Passing};
+
 /// Frames that are kept at most, so that a body of many tiny ones is bounded too.
 const MAX_FRAMES: usize = 1024;
 /// A frame smaller than this is copied: kept as it is, it would keep the whole buffer it was read into.
@@ -39,6 +42,8 @@ struct State<B> {
     kept: Option<Vec<Bytes>>,
     trailers: Option<HeaderMap>,
     room: usize,
+    /// For what is kept, if someone is charged.
+    charge: Option<Charge>,
     /// The stream has ended; with an error it cannot be sent again.
     ended: bool,
     attempts: u32,
@@ -54,8 +59,15 @@ impl<B: Body<Data = Bytes> + Unpin> Replay<B> {
             kept: (!too_long).then(Vec::new),
             trailers: None,
             room: max,
+            charge: None,
             attempts: 0,
         })))
+    }
+
+    /// Charges what is kept to a workload; what it has no room for is not kept.
+    pub fn charged_to(self, account: &Arc<Account>) -> Self {
+        self.0.lock().charge = Some(account.open_charge(Resource::BufferedBytes));
+        self
     }
 
     /// The body for the next try. `None`: it cannot be sent again.
@@ -82,14 +94,15 @@ impl<B: Body<Data = Bytes> + Unpin> Replay<B> {
     pub fn commit(&self) {
         let mut state = self.0.lock();
         if state.attempts <= 1 {
-            state.kept = None;
+            state.forget();
         } else {
             // A later try may still be sending it; it is dropped with the last of both.
             state.room = 0;
         }
     }
 
-    /// Bytes that are kept, for the workload's account.
+    /// Bytes that are kept.
+    #[cfg(test)]
     pub fn kept(&self) -> u64 {
         self.0
             .lock()
@@ -132,7 +145,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Attempt<B> {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
                 state.ended = true;
-                state.kept = None;
+                state.forget();
                 return Poll::Ready(Some(Err(error)));
             }
             None => {
@@ -186,7 +199,22 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Attempt<B> {
     }
 }
 
+impl Passing for Attempt<body::Body> {
+    fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
+        let mut state = self.state.lock();
+        if state.attempts != self.number {
+            return Poll::Pending;
+        }
+        state.body.poll_absorb(cx, account)
+    }
+}
+
 impl<B> State<B> {
+    fn forget(&mut self) {
+        self.kept = None;
+        self.charge = None;
+    }
+
     fn keep(&mut self, frame: &Frame<Bytes>) {
         let Some(kept) = &mut self.kept else { return };
         let size = frame
@@ -194,9 +222,9 @@ impl<B> State<B> {
             .map(Buf::remaining)
             .or_else(|| frame.trailers_ref().map(size))
             .unwrap_or(0);
-        if size > self.room || kept.len() >= MAX_FRAMES {
-            self.kept = None;
-            return;
+        let charged = self.charge.as_mut().is_none_or(|c| c.add(size).is_ok());
+        if size > self.room || kept.len() >= MAX_FRAMES || !charged {
+            return self.forget();
         }
         self.room -= size;
         if let Some(data) = frame.data_ref() {

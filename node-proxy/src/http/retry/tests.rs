@@ -148,6 +148,7 @@ fn a_server_that_says_when_is_believed_up_to_a_bound() {
         ("retry-after", "soon", Some(0)),
         ("grpc-retry-pushback-ms", "150", Some(150)),
         ("grpc-retry-pushback-ms", "-1", None),
+        ("grpc-retry-pushback-ms", "+150", None),
         ("grpc-retry-pushback-ms", "x", None),
         ("grpc-retry-pushback-ms", "3600000", None),
     ] {

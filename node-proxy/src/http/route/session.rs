@@ -153,5 +153,7 @@ const SKEW: u64 = 300;
 /// An IPv6 address with scope and port, and a time, encoded.
 const MAX_TOKEN: usize = 128;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

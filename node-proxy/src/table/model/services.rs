@@ -1,6 +1,6 @@
 //! Services joined to their EndpointSlices.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -92,7 +92,7 @@ impl Model {
             ports,
         });
         // Its endpoints and rules are in place before anyone can find it.
-        self.set_endpoints(&update.name, &service);
+        self.set_endpoints(view, &update.name, &service);
         for port in &service.ports {
             // Routes and policies are attached by a port's number and name.
             if known(port.port).is_none_or(|before| before.name != port.name) {
@@ -113,6 +113,7 @@ impl Model {
 
     pub(super) fn apply_slices(
         &mut self,
+        view: &View,
         updates: &[Update],
         removed: &[String],
         applied: &mut Applied,
@@ -140,7 +141,7 @@ impl Model {
         }
         for service in touched {
             if let Some(held) = self.services.get(&service) {
-                self.set_endpoints(&service, &held.value);
+                self.set_endpoints(view, &service, &held.value);
             }
         }
     }
@@ -157,7 +158,7 @@ impl Model {
         Some(slice.service)
     }
 
-    fn set_endpoints(&self, name: &str, service: &Service) {
+    fn set_endpoints(&self, view: &View, name: &str, service: &Service) {
         let slices: Vec<&Slice> = self
             .slices_of
             .get(name)
@@ -185,9 +186,34 @@ impl Model {
             }
             // An endpoint that is moving between slices may be in both: the ready one counts.
             specs.sort_by_key(|spec| !spec.ready);
+            list(view, port, &specs);
             port.endpoints.set(specs);
         }
     }
+}
+
+/// Lists the port under its endpoints on this node. They are few, so all that are listed are looked through.
+fn list(view: &View, port: &Arc<ServicePort>, specs: &[EndpointSpec]) {
+    let here: HashSet<SocketAddr> = specs
+        .iter()
+        .filter(|spec| spec.node.is_empty() || spec.node == view.node)
+        .map(|spec| spec.address)
+        .collect();
+    for endpoint in &here {
+        let mut ports = view.service_ports.entry(*endpoint).or_default();
+        ports.retain(|other| other.reference != port.reference);
+        ports.push(Arc::clone(port));
+    }
+    unlist(view, port, |endpoint| here.contains(endpoint));
+}
+
+fn unlist(view: &View, port: &ServicePort, keep: impl Fn(&SocketAddr) -> bool) {
+    view.service_ports.retain(|endpoint, ports| {
+        if !keep(endpoint) {
+            ports.retain(|other| other.reference != port.reference);
+        }
+        !ports.is_empty()
+    });
 }
 
 fn is_same(a: &Service, b: &Service) -> bool {
@@ -202,8 +228,6 @@ fn publish(view: &View, service: &Arc<Service>) {
         here.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     }
     for port in &service.ports {
-        view.ports
-            .insert(Arc::clone(&port.reference), Arc::clone(port));
         if let Some(node_port) = port.node_port {
             view.node_ports.insert(node_port, Arc::clone(port));
         }
@@ -226,7 +250,7 @@ fn withdraw(view: &View, old: &Service, new: Option<&Service>) {
     };
     for port in &old.ports {
         if !new.is_some_and(|new| new.ports.iter().any(|p| p.port == port.port)) {
-            view.ports.remove(&port.reference);
+            unlist(view, port, |_| false);
         }
         if let Some(node_port) = port.node_port.filter(|n| !kept(*n)) {
             view.node_ports

@@ -44,7 +44,7 @@ impl Tunnel {
             Err(error) => {
                 flow.fail(&context, error);
                 let response = answer::refusal(error, is_grpc(&parts.headers));
-                return connection::send(response, &mut respond).await;
+                return connection::send(response, &mut respond, None).await;
             }
         };
         let Judged {
@@ -59,7 +59,7 @@ impl Tunnel {
             target: envelope.target,
             service: envelope
                 .service
-                .and_then(|reference| context.table.service_port(&reference)),
+                .and_then(|reference| context.table.service_port(envelope.target, &reference)),
             security: Security::MutualTls,
         };
         serve_request(&self.worker, &pod, &call, (parts, body), &mut respond).await;
@@ -84,7 +84,7 @@ async fn serve_request(
     let interims = Interims::default();
     parts.extensions.insert(interims.sink());
     let request = Request::from_parts(parts, body);
-    let mut delivering = std::pin::pin!(callee::deliver(worker, pod, call, request));
+    let mut delivering = Box::pin(callee::deliver(worker, pod, call, request));
     let response = loop {
         tokio::select! {
             biased;
@@ -100,6 +100,7 @@ async fn serve_request(
     let (mut parts, body) = response.into_parts();
     let upgraded = parts.extensions.remove::<Upgraded>();
     wire::seal_response(&mut parts);
+    let account = Some(&pod.account);
     match (upgraded.and_then(Upgraded::into_raw), follows) {
         (Some((raw, _held)), Some(follows)) => {
             // A length of what is no body; HTTP/2 would hold the stream to it.
@@ -107,11 +108,11 @@ async fn serve_request(
             let (sends, writing) = upgrade::split(raw, follows);
             let response = Response::from_parts(parts, sends);
             // Either direction may end before the other.
-            let (_, written) = tokio::join!(connection::send(response, respond), writing);
+            let (_, written) = tokio::join!(connection::send(response, respond, account), writing);
             if let Err(error) = written {
                 tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
             }
         }
-        _ => connection::send(Response::from_parts(parts, body), respond).await,
+        _ => connection::send(Response::from_parts(parts, body), respond, account).await,
     }
 }

@@ -389,6 +389,18 @@ async fn an_app_that_answers_and_closes_without_reading_is_heard() {
     assert!(back.lock().is_empty());
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_app_that_does_not_read_is_given_up() {
+    let (app, socket) = pair().await;
+    let (client, home, idle) = client(socket);
+    let sent = client
+        .send(post(Body::full(vec![0; 64 << 20])), Some(home))
+        .await;
+    assert!(matches!(sent.unwrap_err().error, SendError::Closed));
+    assert!(idle.lock().is_empty());
+    drop(app);
+}
+
 fn expecting(body: Body, heard: &Arc<Mutex<Vec<response::Parts>>>) -> Request<Body> {
     let mut request = post(body);
     request

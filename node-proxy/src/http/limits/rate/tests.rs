@@ -135,3 +135,25 @@ fn the_number_of_callers_is_bounded_and_forgets_only_the_idle() {
     assert!(limiter.check(&limit, Some(&identity("two")), later).is_ok());
     assert_eq!(limiter.callers(), 1);
 }
+
+#[test]
+fn what_is_given_back_can_be_taken_again() {
+    let now = Instant::now();
+    let limiter = RateLimiter::new(now);
+    let limit = RateLimit {
+        total: Some(rate(1, 10, 2)),
+        per_caller: Some(rate(1, 10, 1)),
+        overrides: Vec::new(),
+    };
+    let (web, other) = (identity("web"), identity("other"));
+    limiter.check(&limit, Some(&web), now).unwrap();
+    assert!(limiter.check(&limit, Some(&web), now).is_err());
+    limiter.give_back(&limit, Some(&web), now);
+    for caller in [&web, &other] {
+        assert_eq!(limiter.check(&limit, Some(caller), now), Ok(()));
+    }
+    assert!(
+        limiter.check(&limit, None, now).is_err(),
+        "the total is used up"
+    );
+}

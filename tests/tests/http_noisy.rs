@@ -1,0 +1,226 @@
+//! Line 6: a workload that does its worst beside a quiet one on the same node. The quiet one's p99 at most doubles
+//! against the same load without the mesh, and the proxies' memory stays below what the limits say.
+//!
+//! Generators and servers have a bounded share of the processor, so that the proxies are measured and not who gets
+//! the processor.
+
+use std::time::Duration;
+
+use serde_json::json;
+use warren_tests::cgroup::CpuGroup;
+use warren_tests::host::{allocated_kib, status_field};
+use warren_tests::http::{HTTP, RequestReport, requests_within};
+use warren_tests::lab::{Lab, Options};
+use warren_tests::load::{NoiseReport, Running};
+use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service_of};
+use warren_tests::scenario::{Scenario, scenario};
+use warren_tests::wait::{let_run, wait_until};
+
+const NODES: [&str; 2] = ["node-1", "node-2"];
+const MESHED: &str = "demo";
+const DIRECT: &str = "plain";
+/// The quiet workload's p99, as a multiple of what it is without the mesh.
+const MOST: f64 = 2.0;
+/// Medians of so many rounds are compared.
+const ROUNDS: usize = 3;
+/// Of the proxies' configuration, for each pod.
+const CONNECTIONS: u64 = 4000;
+const REQUESTS: u64 = 200;
+const BUFFERED_KIB: u64 = 16 * 1024;
+/// What the limits allow one pod to make a proxy hold (docs/reference/node-proxy.md), in KiB.
+const BOUND_KIB: u64 = CONNECTIONS * 12 + REQUESTS * 1331 + BUFFERED_KIB;
+
+#[test]
+fn a_noisy_workload_does_not_slow_a_quiet_one() {
+    scenario(Duration::from_secs(900), |s| {
+        let beside = Beside::begin(s);
+        let mut slowed = Vec::new();
+        for (phase, kinds) in [
+            ("connections", &["connections"][..]),
+            ("headers", &["headers"]),
+            ("bodies", &["bodies"]),
+            ("all", &["connections", "headers", "bodies"]),
+        ] {
+            let mut p99 = [Vec::new(), Vec::new()];
+            for _ in 0..ROUNDS {
+                for (at, of) in [DIRECT, MESHED].into_iter().enumerate() {
+                    p99[at].push(beside.noise(of, kinds).p99_ms);
+                }
+            }
+            let [direct, meshed] = p99.map(median);
+            let ratio = meshed / direct;
+            println!("{phase}: p99 {direct:.2} ms direct, {meshed:.2} ms meshed: {ratio:.2}");
+            if ratio > MOST {
+                slowed.push(format!("{phase}: {meshed:.2} ms against {direct:.2} ms"));
+            }
+        }
+        beside.memory_comes_back();
+        assert!(slowed.is_empty(), "p99 of the quiet workload: {slowed:#?}");
+    });
+}
+
+/// Two workloads on the same nodes.
+struct Beside<'a> {
+    s: &'a Scenario,
+    lab: Lab,
+    /// What each proxy had allocated, and the most that was resident, before any noise.
+    before: [(u64, u64); 2],
+    // Last, so that they are empty when they are removed.
+    quiet: CpuGroup,
+    noisy: CpuGroup,
+}
+
+impl<'a> Beside<'a> {
+    fn begin(s: &'a Scenario) -> Self {
+        let quiet = CpuGroup::new("quiet", 60);
+        let noisy = CpuGroup::new("noisy", 30);
+        let lab = lab(s, &quiet, &noisy);
+        let mut beside = Self {
+            s,
+            lab,
+            before: Default::default(),
+            quiet,
+            noisy,
+        };
+        // What is allocated once is not the noise's.
+        for of in [DIRECT, MESHED] {
+            beside.noise(of, &[]);
+        }
+        beside.before = NODES.map(|node| (beside.allocated(node), beside.peak(node)));
+        beside
+    }
+
+    /// The quiet workload's requests while the noisy one does that.
+    fn noise(&self, of: &str, kinds: &[&str]) -> RequestReport {
+        let Self { s, lab, .. } = self;
+        let target = format!("sink:{HTTP}");
+        let mut args = vec!["--target", &target];
+        for kind in kinds {
+            args.extend(["--kind", kind]);
+        }
+        let noise =
+            (!kinds.is_empty()).then(|| Running::noise(s, lab, (of, "noisy"), &self.noisy, &args));
+        // Until as much is held as there will be.
+        let_run(Duration::from_secs(1));
+        let url = format!("http://web:{HTTP}/");
+        let args = [&url, "--rate", "300", "--seconds", "4"];
+        let report = requests_within(lab, (of, "quiet"), &self.quiet, &args);
+        let noise = noise.map(Running::stop::<NoiseReport>);
+        println!(
+            "  {of} {kinds:?}: p50 {:.2} ms, p99 {:.2} ms, slowest {:.1} ms, lag {:.1} ms; {noise:?}",
+            report.p50_ms, report.p99_ms, report.slowest_ms, report.lag_ms
+        );
+        report.expect_no_failure(&format!("the quiet workload of {of} beside {kinds:?}"));
+        if let Some(noise) = noise {
+            self.expect_noise(kinds, &noise);
+            self.expect_bounded(kinds);
+        }
+        report
+    }
+
+    /// The noise was what it is meant to be.
+    fn expect_noise(&self, kinds: &[&str], noise: &NoiseReport) {
+        for kind in kinds {
+            let done = match *kind {
+                "connections" => noise.connections,
+                "headers" => noise.heads,
+                _ => noise.bodies,
+            };
+            assert!(done >= 100, "{kind}: {noise:?}");
+        }
+    }
+
+    fn expect_bounded(&self, kinds: &[&str]) {
+        for (node, (_, before)) in NODES.iter().zip(self.before) {
+            let peak = self.peak(node);
+            println!("  {node}: {peak} KiB resident at most, {before} KiB before any noise");
+            assert!(
+                before == 0 || peak < before + BOUND_KIB,
+                "{node} beside {kinds:?}: {peak} KiB, {before} KiB before"
+            );
+        }
+        for pod in ["noisy", "sink"] {
+            for (resource, limit) in [
+                ("buffered_bytes", BUFFERED_KIB << 10),
+                ("connections", CONNECTIONS),
+            ] {
+                let labels = [("pod", pod), ("resource", resource), ("namespace", MESHED)];
+                let used: f64 = NODES
+                    .iter()
+                    .map(|node| self.lab.metrics(node).sum("warren_workload_used", &labels))
+                    .sum();
+                assert!(used <= limit as f64, "{pod}: {used} {resource} of {limit}");
+            }
+        }
+    }
+
+    fn memory_comes_back(&self) {
+        wait_until("memory to come back", Duration::from_secs(120), || {
+            for (node, (before, _)) in NODES.iter().zip(self.before) {
+                let now = self.allocated(node);
+                // A tenth of what was allowed may stay in the allocator.
+                if now > before + BOUND_KIB / 10 {
+                    return Err(format!("{node}: {now} KiB, {before} KiB before"));
+                }
+                // An upload whose app does not read lasts as long as the app keeps it: the noise leaves some.
+                let held = [("resource", "buffered_bytes")];
+                let used = self.lab.metrics(node).sum("warren_workload_used", &held);
+                if used > (BUFFERED_KIB << 10) as f64 / 10. {
+                    return Err(format!("{node}: {used} bytes are still charged"));
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// KiB.
+    fn allocated(&self, node: &str) -> u64 {
+        allocated_kib(self.lab.node(node).supervisor)
+    }
+
+    /// KiB that the worker had resident at most.
+    fn peak(&self, node: &str) -> u64 {
+        let peak = status_field(self.lab.worker(node), "VmHWM");
+        let kib = peak.trim_end_matches(" kB").parse();
+        kib.expect("the kernel counts in kB")
+    }
+}
+
+/// Both workloads twice, in the mesh and outside it: clients on node 1, servers on node 2.
+fn lab(s: &Scenario, quiet: &CpuGroup, noisy: &CpuGroup) -> Lab {
+    let mut manifests = vec![meshed_namespace(MESHED), namespace(DIRECT, &[])];
+    for of in [MESHED, DIRECT] {
+        for client in ["quiet", "noisy"] {
+            manifests.extend([account(of, client), Pod::idle(of, client, "node-1")]);
+        }
+        for server in ["web", "sink"] {
+            manifests.extend([
+                account(of, server),
+                Pod::http(of, server, "node-2").build(),
+                service_of(of, server, &[(HTTP, HTTP, Some("http"))]),
+            ]);
+        }
+    }
+    // The log of the lab is off unless a user asks for it.
+    let limits = json!({"accessLog": "off", "limits": {"connections": CONNECTIONS, "requests": REQUESTS,
+        "bufferedBytes": BUFFERED_KIB << 10}});
+    let file = s.file("proxy.yaml", &limits.to_string());
+    let args = vec!["--config".into(), format!("proxy={}", file.display())];
+    let options = Options {
+        args,
+        ..Options::default()
+    };
+    let lab = s.lab_with(2, &manifests, &options);
+    for of in [MESHED, DIRECT] {
+        for (server, group) in [("web", quiet), ("sink", noisy)] {
+            let pid = lab.pod((of, server)).pid;
+            group.add(pid.expect("a server's pod has a process"));
+        }
+    }
+    lab
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
