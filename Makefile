@@ -64,6 +64,13 @@ bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
 	cargo test --release -p warren-benches --benches
 	target/release/warren-bench run --smoke
 
+charts: ## the Helm charts: lint, every document against the Kubernetes schemas, what they promise
+	@scripts/install-deps.sh build charts
+	cargo build --release -p warren
+	deploy/dashboards/make.py --check
+	target/venv/bin/python deploy/manifests/make.py --check
+	target/venv/bin/python deploy/charts/tests/check.py target/release/warren
+
 fuzz: ## every parser and codec under libFuzzer, FUZZ_SECONDS (600) each; FUZZ_TARGETS="a b" for some
 	@scripts/install-deps.sh build
 	scripts/fuzz.sh $(or $(FUZZ_SECONDS),600) $(FUZZ_TARGETS)
@@ -80,4 +87,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-micro bench-smoke fuzz fuzz-smoke deny doc
+.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-micro bench-smoke charts fuzz fuzz-smoke deny doc

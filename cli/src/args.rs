@@ -22,6 +22,116 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Lab,
     },
+    /// Print the objects of a mesh, for `kubectl apply -f -`; the Helm chart has more options
+    #[command(visible_alias = "upgrade")]
+    Install(Install),
+    /// Whether the mesh can work, or works, in a cluster. Exit code 1: something is wrong; 2: it cannot be asked
+    Check(Check),
+    /// Success rate, requests a second and latencies of each Service, from the node proxies
+    Stat(Stat),
+    /// Take every pod of a cluster out of the mesh and remove Warren from it
+    Uninstall(Uninstall),
+}
+
+/// Which cluster is meant.
+#[derive(Debug, Args)]
+pub(crate) struct Cluster {
+    /// Kubeconfig file (default: $KUBECONFIG, ~/.kube/config, or the service account of the pod this runs in)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig
+    #[arg(long)]
+    pub(crate) context: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Install {
+    /// Whose paths and needs apply
+    #[arg(long, default_value = "kind")]
+    pub(crate) platform: Platform,
+    /// Three controllers on different nodes
+    #[arg(long)]
+    pub(crate) ha: bool,
+    /// Where the images are: <registry>/controller, <registry>/cni, <registry>/node-proxy
+    #[arg(long, default_value = "warren")]
+    pub(crate) registry: String,
+    /// Tag of the images
+    #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
+    pub(crate) tag: String,
+    /// Whether plaintext from un-meshed callers is accepted where a namespace does not say
+    #[arg(long, default_value = "permissive")]
+    pub(crate) mode: Mode,
+    /// Trust domain of the identities
+    #[arg(long, default_value = mesh_api::names::DEFAULT_TRUST_DOMAIN)]
+    pub(crate) trust_domain: String,
+    /// What all parts log: a level, or a filter
+    #[arg(long, default_value = "info")]
+    pub(crate) log: String,
+    /// Without the CRD of TrafficPolicy
+    #[arg(long)]
+    pub(crate) no_crds: bool,
+    /// Without the Grafana dashboards
+    #[arg(long)]
+    pub(crate) no_dashboards: bool,
+}
+
+/// Where Kubernetes runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Platform {
+    Kind,
+    K3s,
+    Gke,
+    Eks,
+    Aks,
+    Openshift,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) cluster: Cluster,
+    /// Before Warren is installed: only what it needs
+    #[arg(long)]
+    pub(crate) pre: bool,
+    #[arg(short = 'o', long, default_value = "table")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stat {
+    #[command(flatten)]
+    pub(crate) cluster: Cluster,
+    /// Of a lab on this machine (root) instead of a cluster
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["kubeconfig", "context"])]
+    pub(crate) lab: Option<LabName>,
+    /// Only Services of this namespace
+    #[arg(short = 'n', long)]
+    pub(crate) namespace: Option<String>,
+    /// Seconds to look at
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) window: u64,
+    #[arg(short = 'o', long, default_value = "table")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Uninstall {
+    #[command(flatten)]
+    pub(crate) cluster: Cluster,
+    /// Seconds that captured connections get to end; what is left then is cut
+    #[arg(long, default_value_t = 60)]
+    pub(crate) deadline: u64,
+    /// Only this step; a release of Helm runs both as hooks around its own removal
+    #[arg(long)]
+    pub(crate) step: Option<UninstallStep>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum UninstallStep {
+    /// Every pod out of the mesh, and the plugin out of every node's CNI chain
+    Nodes,
+    /// What the controller made: trust bundle, Lease, taints
+    Leftovers,
 }
 
 #[derive(Debug, Subcommand)]
@@ -285,6 +395,16 @@ pub(crate) struct Part {
 pub(crate) enum Mode {
     Permissive,
     Strict,
+}
+
+impl Mode {
+    /// As configurations spell it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Mode::Permissive => "permissive",
+            Mode::Strict => "strict",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -51,6 +51,8 @@ mod wait;
 
 use std::process::ExitCode;
 
+pub(crate) use self::view::proxy_metrics;
+
 use self::requests::{Named, Part, Request};
 use self::status::deployment_name;
 use crate::args::{self, Lab, Rollout};

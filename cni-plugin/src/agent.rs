@@ -14,7 +14,7 @@ use mesh_api::proto::cni::{Request, Response, Status, Uninstall, request::Body};
 use mesh_api::seqpacket::Connection;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -28,6 +28,7 @@ pub mod node;
 pub mod record;
 mod report;
 pub mod rules;
+pub mod running;
 mod server;
 pub mod sockets;
 
@@ -38,6 +39,7 @@ use control::Control;
 use netns::Netns;
 use node::Node;
 use record::Store;
+use running::Running;
 use sockets::Sockets;
 
 /// Why the agent cannot run. The text is for the person who started it.
@@ -51,6 +53,7 @@ pub fn main(config: &Path) -> Result<(), Error> {
     runtime()?.block_on(async {
         let controller = Controller::start(client_config(&config));
         let agent = Agent::start(&config, Arc::new(controller.clone()))?;
+        let node = Arc::clone(&agent.node);
         let follow = tokio::spawn(control::follow(controller, Arc::clone(&agent.node)));
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -60,7 +63,12 @@ pub fn main(config: &Path) -> Result<(), Error> {
             _ = interrupt.recv() => Ok(()),
         };
         follow.abort();
-        tracing::info!("agent ends; enrolled pods stay enrolled");
+        if node.leaving() {
+            remove_traces(&config);
+            tracing::info!("agent ends; this node has left the mesh");
+        } else {
+            tracing::info!("agent ends; enrolled pods stay enrolled");
+        }
         result
     })
 }
@@ -82,10 +90,7 @@ pub fn uninstall(config: &Path, deadline: Duration) -> Result<(), Error> {
             ended = agent.run() => return ended,
             done = node.leave(Instant::now() + deadline) => done,
         };
-        for socket in [&config.broker_socket, &config.cni_socket] {
-            // Nobody is to find a socket that leads nowhere.
-            let _ = std::fs::remove_file(socket);
-        }
+        remove_traces(&config);
         if done {
             Ok(())
         } else {
@@ -94,15 +99,15 @@ pub fn uninstall(config: &Path, deadline: Duration) -> Result<(), Error> {
     })
 }
 
-/// `warren-cni status`: prints what the agent says of itself. Fails if it is away or not ready, so that it can be
-/// a readiness probe.
-pub fn status(config: &Path) -> Result<(), Error> {
+/// `warren-cni status`: prints what the agent says of itself. Fails if it is away, or, unless only asked whether it is
+/// `alive`, not ready: a liveness and a readiness probe.
+pub fn status(config: &Path, alive: bool) -> Result<(), Error> {
     let config: AgentConfig = mesh_api::config::load(config)?;
     let report = runtime()?.block_on(status_of(&config.cni_socket))?;
     println!("{report:#}");
-    match report["ready"] == true {
+    match alive || report["ready"] == true {
         true => Ok(()),
-        false => Err("not ready: no node proxy is ready".into()),
+        false => Err(format!("not ready: {}", report["problems"]).into()),
     }
 }
 
@@ -153,18 +158,26 @@ impl Agent {
         }
         let sockets = Sockets::start(mark, Netns::host()?)?;
         let broker = Broker::new(store.clone(), sockets, config.node_addresses.clone());
+        let unknown =
+            (config.cni.install).then(|| "the CNI chain has not been looked at".to_owned());
+        let (problem, chain_problem) = watch::channel(unknown);
         let node = Node::start(
             control,
             Arc::clone(&broker),
             store,
             mark,
             &config.exclude_namespaces,
+            Running {
+                proc_dir: config.cni.proc_dir.clone(),
+                netns_dir: config.cni.netns_dir.clone(),
+            },
+            chain_problem,
         )?;
         let chain = Chain::new(config);
         let keep_chain = config
             .cni
             .install
-            .then(|| tokio::spawn(chain.clone().keep()));
+            .then(|| tokio::spawn(chain.clone().keep(problem)));
         tracing::info!(
             node = config.node,
             mark = format!("{:#010x}", mark.0),
@@ -237,6 +250,24 @@ fn failed(what: &str, path: &Path, ended: std::io::Result<()>) -> Error {
         Ok(()) => format!("{what} {}: closed", path.display()).into(),
         Err(error) => format!("{what} {}: {error}", path.display()).into(),
     }
+}
+
+/// What is left of an agent whose node has left the mesh: nobody is to find a socket that leads nowhere, nor a record
+/// of pods that are in no mesh.
+fn remove_traces(config: &AgentConfig) {
+    let gone = |result: std::io::Result<()>, path: &Path| match result {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "it stays");
+        }
+        _ => {}
+    };
+    for socket in [&config.broker_socket, &config.cni_socket] {
+        gone(std::fs::remove_file(socket), socket);
+    }
+    gone(
+        std::fs::remove_dir_all(&config.state_dir),
+        &config.state_dir,
+    );
 }
 
 async fn ask_to_uninstall(connection: &Connection, deadline: Duration) -> Result<(), Error> {

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     }
     let result = match Arguments::parse().command {
         Command::Agent { config } => agent::main(&config),
-        Command::Status { config } => agent::status(&config),
+        Command::Status { config, alive } => agent::status(&config, alive),
         Command::Uninstall { config, deadline } => {
             agent::uninstall(&config, Duration::from_secs(deadline))
         }
@@ -49,6 +49,9 @@ enum Command {
         /// The agent's configuration file.
         #[arg(long)]
         config: PathBuf,
+        /// Only ask whether it answers, not whether it is ready.
+        #[arg(long)]
+        alive: bool,
     },
     /// Take every pod of this node out of the mesh, then remove the plugin from the CNI chain.
     Uninstall {

@@ -344,6 +344,99 @@ fn a_pod_joins_and_leaves_while_its_connections_live_on() {
 }
 
 #[test]
+fn pods_that_ran_before_the_plugin_are_found_and_enrolled() {
+    on_a_node(
+        "pods_that_ran_before_the_plugin_are_found_and_enrolled",
+        |world| {
+            const UID: &str = "0b5fd1ac-2a32-4c1c-8a5f-0e86ae26a0d3";
+            let mut network = Network::new(&world, "bridge", "1.0.0");
+            // Not in the chain yet.
+            network.list["plugins"].as_array_mut().unwrap().pop();
+            let (web, client) = (world.sandbox("web"), world.sandbox("client"));
+            let web_addresses = addresses(&network.add(&web, UID).unwrap());
+            network.add(&client, "client").unwrap();
+            serve(&web, 8080);
+            let to = SocketAddr::new(web_addresses[0], 8080);
+            let mut early = Call::open(&client, to).unwrap();
+            let untouched = web.traces();
+
+            let Mesh {
+                controller,
+                agent,
+                proxy,
+                config,
+            } = mesh(&world);
+            let wanted = controller.pod(UID, true);
+            agent.says(wanted.clone());
+            // Of a namespace that is never asked about.
+            let system = NodePod {
+                uid: UID.replace('0', "1"),
+                namespace: "kube-system".into(),
+                ..wanted.clone()
+            };
+            agent.says(system);
+            let status = agent.node.status();
+            assert_eq!(status["notFound"], json!([format!("demo/{UID}")]));
+            world.process(4242, UID, &web);
+            eventually("enrolled", || {
+                controller.state_of(UID) == Some(PodState::Ready)
+            });
+            assert_eq!(agent.node.status()["notFound"], json!([]));
+            assert!(early.works(), "a connection from before enrolment");
+            let mut captured = Call::open(&client, to).unwrap();
+            assert_eq!(proxy.accepted().len(), 1);
+
+            // It is on record, by the runtime's name for its namespace: found again without the process.
+            agent.kill();
+            std::fs::remove_dir_all(config.cni.proc_dir.join("4242")).unwrap();
+            controller.forget_report();
+            let agent = RunningAgent::start(&config, &controller);
+            eventually("still enrolled", || {
+                controller.state_of(UID) == Some(PodState::Ready)
+            });
+            assert!(captured.works());
+
+            drop(captured);
+            agent.says(controller.pod(UID, false));
+            eventually("left", || phase(&config, UID) == Some(Phase::Direct));
+            assert!(early.works());
+            eventually("no trace", || web.traces() == untouched);
+        },
+    );
+}
+
+#[test]
+fn a_pod_is_found_again_where_the_runtimes_path_leads_nowhere() {
+    on_a_node(
+        "a_pod_is_found_again_where_the_runtimes_path_leads_nowhere",
+        |world| {
+            let Mesh {
+                controller,
+                agent,
+                proxy: _proxy,
+                config,
+            } = mesh(&world);
+            let network = Network::new(&world, "ptp", "1.0.0");
+            controller.pod("web", true);
+            let mut web = world.sandbox("web");
+            // As /var/run/netns, which is a link where the runtime is, and nothing where the agent is.
+            let alias = world.directory.join("alias");
+            std::os::unix::fs::symlink("/run/netns", &alias).unwrap();
+            web.path = alias.join(&web.name);
+            network.add(&web, "web").unwrap();
+            std::fs::remove_file(&alias).unwrap();
+
+            agent.kill();
+            controller.forget_report();
+            let _agent = RunningAgent::start(&config, &controller);
+            eventually("still enrolled", || {
+                controller.state_of("web") == Some(PodState::Ready)
+            });
+        },
+    );
+}
+
+#[test]
 fn a_restarted_agent_is_given_the_listeners_back() {
     on_a_node("a_restarted_agent_is_given_the_listeners_back", |world| {
         let Mesh {
@@ -781,7 +874,36 @@ fn uninstall_takes_every_pod_out_and_leaves_the_chain_as_it_was() {
             assert!(!captured.works());
             assert!(!list_file.exists() && conf_file.exists());
             assert!(!web.traces().contains("warren") && !web.traces().contains("0x111"));
-            assert!(!config.cni_socket.exists());
+            assert!(!config.cni_socket.exists() && !config.state_dir.exists());
+        },
+    );
+}
+
+#[test]
+fn a_node_is_not_ready_while_the_plugin_is_not_in_the_chain() {
+    on_a_node(
+        "a_node_is_not_ready_while_the_plugin_is_not_in_the_chain",
+        |world| {
+            let mut config = world.config();
+            config.cni.install = true;
+            let controller = FakeController::new();
+            let _agent = RunningAgent::start(&config, &controller);
+            let _proxy = Proxy::start(&config.broker_socket, "first");
+            let says = |ready: bool, reason: &str| {
+                let report = controller.report();
+                report.is_some_and(|r| r.ready == ready && r.reason.starts_with(reason))
+            };
+            eventually("only the chain is missing", || {
+                says(false, "no network configuration")
+            });
+            let list = json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "ptp"}]});
+            let file = config.cni.conf_dir.join("10-n.conflist");
+            std::fs::write(&file, list.to_string()).unwrap();
+            eventually("ready", || says(true, ""));
+            std::fs::remove_file(&file).unwrap();
+            eventually("not ready again", || {
+                says(false, "no network configuration")
+            });
         },
     );
 }

@@ -354,6 +354,21 @@ pub(crate) fn metrics(lab: &LabName, of: &str) -> Result<()> {
     write_out(body.as_bytes())
 }
 
+/// The metrics of every node that has a proxy, by the node's name.
+pub(crate) async fn proxy_metrics(lab: &LabName) -> Result<Vec<(String, String)>> {
+    let mut metrics = Vec::new();
+    for node in status::read(lab)?.nodes {
+        let Some(address) = node.proxy_address else {
+            continue;
+        };
+        let to = netns::socket_address(address, METRICS_PORT);
+        let limit = Duration::from_secs(10);
+        let answer = netns::http_get(&node.netns, to, "/metrics", "", limit).await?;
+        metrics.push((node.name, answer.body));
+    }
+    Ok(metrics)
+}
+
 /// The body that a part of the mesh answers a GET with, from inside a namespace.
 pub(super) fn fetch(netns: &Path, to: SocketAddr, path: &str, of: &str) -> Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -147,8 +147,8 @@ impl Broker {
     /// Accepts proxies for ever. Only processes of `proxy_uid` are spoken to.
     pub async fn listen(self: Arc<Self>, socket: &Path, proxy_uid: u32) -> io::Result<()> {
         let listener = seqpacket::Listener::bind(socket)?;
-        std::os::unix::fs::chown(socket, Some(proxy_uid), None)?;
         std::fs::set_permissions(socket, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        std::os::unix::fs::chown(socket, Some(proxy_uid), None)?;
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             // Never closed. Who finds no place waits in the socket's queue.

@@ -17,7 +17,7 @@ use std::time::Duration;
 use notify::{RecursiveMode, Watcher};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::config::AgentConfig;
 
@@ -63,8 +63,8 @@ impl Chain {
         }
     }
 
-    /// Puts binary and entry in place and keeps them there. Never ends.
-    pub async fn keep(self) {
+    /// Puts binary and entry in place and keeps them there. Never ends. `problem`: told why they are not there.
+    pub async fn keep(self, problem: watch::Sender<Option<String>>) {
         let changed = Arc::new(Notify::new());
         let notify = Arc::clone(&changed);
         // Reading a file is an event, too: acting on it would go round for ever.
@@ -90,20 +90,22 @@ impl Chain {
             }
             let chain = self.clone();
             let result = tokio::task::spawn_blocking(move || chain.ensure()).await;
-            let text = match result {
-                Ok(Ok(Ensured::In(file))) => format!("CNI: the plugin is in {}", file.display()),
-                Ok(Ok(Ensured::NoNetwork)) => {
-                    format!(
-                        "CNI: no network configuration in {} yet",
-                        self.conf_dir.display()
-                    )
-                }
-                Ok(Err(error)) => format!("CNI: the plugin cannot be installed: {error}"),
-                Err(error) => format!("CNI: the plugin cannot be installed: {error}"),
+            let in_place = match result {
+                Ok(Ok(Ensured::In(file))) => Ok(format!("the plugin is in {}", file.display())),
+                Ok(Ok(Ensured::NoNetwork)) => Err(format!(
+                    "no network configuration in {} yet",
+                    self.conf_dir.display()
+                )),
+                Ok(Err(error)) => Err(format!("the plugin cannot be installed: {error}")),
+                Err(error) => Err(format!("the plugin cannot be installed: {error}")),
             };
-            if last.as_ref() != Some(&text) {
-                tracing::info!("{text}");
-                last = Some(text);
+            if last.as_ref() != Some(&in_place) {
+                match &in_place {
+                    Ok(text) => tracing::info!("CNI: {text}"),
+                    Err(text) => tracing::warn!("CNI: {text}"),
+                }
+                problem.send_replace(in_place.clone().err());
+                last = Some(in_place);
             }
             // Elapsed: look anyway.
             let _ = tokio::time::timeout(INTERVAL, changed.notified()).await;

@@ -58,6 +58,10 @@ pub struct CniConfig {
     pub bin_dir: PathBuf,
     /// Install the plugin and keep it in the chain.
     pub install: bool,
+    /// Where the runtime mounts pods' network namespaces.
+    pub netns_dir: PathBuf,
+    /// The `/proc` of the node's own process namespace.
+    pub proc_dir: PathBuf,
 }
 
 /// Form of the log on standard error.
@@ -95,6 +99,8 @@ impl Default for CniConfig {
             conf_dir: "/etc/cni/net.d".into(),
             bin_dir: "/opt/cni/bin".into(),
             install: true,
+            netns_dir: "/run/netns".into(),
+            proc_dir: "/proc".into(),
         }
     }
 }
@@ -128,6 +134,8 @@ impl Config for AgentConfig {
             ("stateDir", &self.state_dir),
             ("cni.confDir", &self.cni.conf_dir),
             ("cni.binDir", &self.cni.bin_dir),
+            ("cni.netnsDir", &self.cni.netns_dir),
+            ("cni.procDir", &self.cni.proc_dir),
         ];
         for (field, path) in paths {
             let mistake = format!("{field}: an absolute path is expected");

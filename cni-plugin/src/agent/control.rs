@@ -158,6 +158,9 @@ impl delta::Sink for Sink {
         // What a pod was that the controller no longer speaks of stays until the runtime deletes it.
         for name in removed {
             versions.remove(&name);
+            if type_url == NodePod::TYPE_URL {
+                self.node.pod_removed(&name);
+            }
         }
         if errors.is_empty() {
             Ok(())

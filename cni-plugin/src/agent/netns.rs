@@ -104,6 +104,11 @@ pub struct NetnsRecord {
 }
 
 impl NetnsRecord {
+    /// Whether the namespace is no longer there. That it cannot be opened for another reason says nothing.
+    pub fn is_gone(&self) -> bool {
+        (self.open()).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Opens it, unless the path is gone or leads elsewhere by now.
     pub fn open(&self) -> io::Result<Netns> {
         let netns = Netns::open(&self.path)?;

@@ -13,7 +13,7 @@ use mesh_api::proto::cni;
 use mesh_api::proto::control::{NodeReport, PodReport, PodState, RegisterPodRequest};
 use mesh_api::proto::mesh::NodePod;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::broker::Broker;
@@ -23,6 +23,7 @@ use super::netns::{Netns, NetnsRecord};
 use super::record::{Phase, PodRecord, Store, StoreError, is_uid};
 use super::report::Reporter;
 use super::rules::MeshMark;
+use super::running::Running;
 use crate::plugin::{CniError, Code};
 
 /// Everything the agent knows. Shared by the tasks that serve the plugin, the controller and proxies.
@@ -33,6 +34,14 @@ pub struct Node {
     pods: Mutex<HashMap<String, Pod>>,
     /// Which namespaces opted in; outlives the controller's absence.
     namespaces: Mutex<BTreeMap<String, bool>>,
+    /// Pods that are to be in the mesh and were not added through the plugin, by UID: they run already, or are about
+    /// to be added.
+    missing: Mutex<HashMap<String, NodePod>>,
+    /// Told when one is.
+    missed: Notify,
+    running: Running,
+    /// Why the plugin is not in the chain, if it is not.
+    chain: watch::Receiver<Option<String>>,
     leaving: AtomicBool,
     reporter: Reporter,
 }
@@ -45,6 +54,8 @@ impl Node {
         store: Store,
         mark: MeshMark,
         exclude_namespaces: &[String],
+        running: Running,
+        chain: watch::Receiver<Option<String>>,
     ) -> Result<Arc<Self>, StoreError> {
         let tools = Tools {
             mark,
@@ -59,6 +70,9 @@ impl Node {
                     let pod = Pod::start(tools.clone(), netns, record.clone());
                     pods.insert(record.uid, pod);
                 }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::error!(uid = record.uid, name = record.name, %error, "a pod's network namespace cannot be opened; it is not looked after");
+                }
                 Err(error) => {
                     tracing::info!(uid = record.uid, name = record.name, %error, "a pod has gone while the agent was away");
                     store.remove(&record.uid)?;
@@ -72,18 +86,24 @@ impl Node {
             exclude_namespaces: exclude_namespaces.iter().cloned().collect(),
             pods: Mutex::new(pods),
             namespaces: Mutex::new(store.namespaces()?),
+            missing: Mutex::default(),
+            missed: Notify::new(),
+            running,
+            chain,
             leaving: AtomicBool::new(false),
             reporter: Reporter::default(),
         }))
     }
 
-    /// Reports, registers pods that were added in the controller's absence, and forgets pods that
-    /// went without a DEL. For ever.
+    /// Reports, registers pods that were added in the controller's absence, finds pods that were there before the
+    /// plugin, and forgets pods that went without a DEL. For ever.
     pub async fn run(self: Arc<Self>) {
         tokio::join!(
             self.reporter.run(&self),
             self.register_late(),
+            self.find_running(),
             self.collect_leftovers(),
+            self.report_chain(),
         );
     }
 
@@ -99,9 +119,7 @@ impl Node {
             ifname: _,
             addresses,
         } = request;
-        let excluded =
-            namespace == SYSTEM_NAMESPACE || self.exclude_namespaces.contains(&namespace);
-        if excluded || self.leaving.load(Ordering::Relaxed) {
+        if self.excluded(&namespace) || self.leaving() {
             return Ok(());
         }
         if !is_uid(&uid) {
@@ -126,12 +144,15 @@ impl Node {
             .iter()
             .map(|bytes| address_from_bytes(bytes))
             .collect();
+        // The runtime's path need not lead there in the agent's own mount namespace, where `netnsDir` is mounted.
+        let place = NetnsRecord {
+            path: (self.running.lasting(&netns)).unwrap_or_else(|| path.into()),
+            id: netns.id(),
+        };
+        let found = place.open().map(drop);
         let record = PodRecord {
             container_id,
-            netns: NetnsRecord {
-                path: path.into(),
-                id: netns.id(),
-            },
+            netns: place,
             addresses: addresses.ok_or_else(|| again("a malformed address".into()))?,
             registered: false,
             pod: None,
@@ -156,6 +177,12 @@ impl Node {
             );
             return Ok(());
         };
+        if let (true, Err(error)) = (word.enrolled, found) {
+            // It would be lost with this agent.
+            return Err(again(format!(
+                "its network namespace cannot be found again ({error}); is cni.netnsDir where the runtime has them?"
+            )));
+        }
         let settled = {
             let pods = self.pods.lock();
             let gone = || again("the runtime deleted it meanwhile".into());
@@ -168,7 +195,7 @@ impl Node {
             Ok(None) => return Err(again("the runtime deleted it meanwhile".into())),
             Err(_) => return Err(again(self.reason(&uid))),
         };
-        if settled.enrolled && !self.leaving.load(Ordering::Relaxed) {
+        if settled.enrolled && !self.leaving() {
             // Other nodes must know of it before it speaks.
             let reported = tokio::time::timeout_at(deadline, self.reporter.delivered());
             let failed = |_| again("the controller did not take this node's report in time".into());
@@ -231,7 +258,7 @@ impl Node {
     /// may be of another network than the pods', so it alone is not believed.
     pub fn collect(&self, valid_container_ids: &[String]) {
         for record in self.records() {
-            if !valid_container_ids.contains(&record.container_id) && record.netns.open().is_err() {
+            if !valid_container_ids.contains(&record.container_id) && record.netns.is_gone() {
                 self.forget(&record.uid, "the runtime no longer knows it");
             }
         }
@@ -242,7 +269,17 @@ impl Node {
         self.learn(&word);
         if let Some(pod) = self.pods.lock().get(&word.uid) {
             pod.set(word, false);
+        } else if word.enrolled && !self.excluded(&word.namespace) {
+            self.missing.lock().insert(word.uid.clone(), word);
+            self.missed.notify_one();
+        } else {
+            self.missing.lock().remove(&word.uid);
         }
+    }
+
+    /// The controller no longer speaks of the pod. What it was stays until the runtime deletes it.
+    pub fn pod_removed(&self, uid: &str) {
+        self.missing.lock().remove(uid);
     }
 
     /// Takes every pod out of the mesh. True: none is left; false: the deadline came first, and what
@@ -301,22 +338,24 @@ impl Node {
             })
             .collect();
         pods.sort_by(|a, b| a.uid.cmp(&b.uid));
-        let ready = self.tools.broker.is_ready();
+        let problems = self.problems();
         NodeReport {
             pods,
             host_addresses: (host_addresses.iter())
                 .map(|address| address_to_bytes(*address).to_vec())
                 .collect(),
-            ready,
-            reason: match ready {
-                true => String::new(),
-                false => "no node proxy is ready".into(),
-            },
+            ready: problems.is_empty(),
+            reason: problems.join("; "),
         }
     }
 
     /// The state of the agent, for people and scripts.
     pub fn status(&self) -> serde_json::Value {
+        let problems = self.problems();
+        let missing: Vec<_> = (self.missing.lock().values())
+            .take(STATUS_PODS)
+            .map(|pod| format!("{}/{}", pod.namespace, pod.name))
+            .collect();
         let pods = self.pods.lock();
         let (mut direct, mut enrolled, mut leaving) = (0, 0, 0);
         let mut unsettled = Vec::new();
@@ -344,12 +383,14 @@ impl Node {
         unsettled.truncate(STATUS_PODS);
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "ready": self.tools.broker.is_ready(),
+            "ready": problems.is_empty(),
+            "problems": problems,
             "controllerConnected": *self.control.connected().borrow(),
-            "leavingTheMesh": self.leaving.load(Ordering::Relaxed),
+            "leavingTheMesh": self.leaving(),
             "proxies": self.tools.broker.proxies(),
             "pods": {"direct": direct, "enrolled": enrolled, "leaving": leaving},
             "unsettled": unsettled,
+            "notFound": missing,
         })
     }
 
@@ -365,6 +406,24 @@ impl Node {
     /// Told when the report may have changed.
     pub(super) fn changed(&self) -> &Notify {
         &self.tools.changed
+    }
+
+    /// Whether the node has been told to leave the mesh.
+    pub fn leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    fn excluded(&self, namespace: &str) -> bool {
+        namespace == SYSTEM_NAMESPACE || self.exclude_namespaces.contains(namespace)
+    }
+
+    /// Why pods cannot be enrolled.
+    fn problems(&self) -> Vec<String> {
+        let proxy = (!self.tools.broker.is_ready()).then(|| "no node proxy is ready".to_owned());
+        proxy
+            .into_iter()
+            .chain(self.chain.borrow().clone())
+            .collect()
     }
 
     fn host_id(&self) -> io::Result<super::netns::NetnsId> {
@@ -464,11 +523,92 @@ impl Node {
         }
     }
 
+    /// Finds pods that the runtime added before the plugin was in its chain. One that is not there yet is looked for
+    /// again: it is about to be added, and then it is not missing any more.
+    async fn find_running(&self) {
+        let mut pause = FIND_PAUSE;
+        loop {
+            let uids: HashSet<String> = {
+                let pods = self.pods.lock();
+                let mut missing = self.missing.lock();
+                missing.retain(|uid, _| !pods.contains_key(uid));
+                missing.keys().cloned().collect()
+            };
+            if uids.is_empty() {
+                self.missed.notified().await;
+                continue;
+            }
+            let running = self.running.clone();
+            let search = move || Ok::<_, io::Error>(running.find(&uids, &Netns::host()?));
+            let found = tokio::task::spawn_blocking(search).await;
+            let found = found.map_err(io::Error::other).and_then(|found| found);
+            match found {
+                Ok(found) => {
+                    for (uid, netns) in found {
+                        if let Err(error) = self.adopt(&uid, netns) {
+                            tracing::warn!(uid, %error, "pod: it runs and cannot be enrolled; trying again");
+                        }
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "pods that run cannot be looked for"),
+            }
+            let more = tokio::time::timeout(pause, self.missed.notified()).await;
+            pause = match more {
+                Ok(()) => FIND_PAUSE,
+                Err(_) => (pause * 2).min(LONGEST_FIND_PAUSE),
+            };
+        }
+    }
+
+    /// Takes up a pod that runs, unless the runtime adds it at this moment.
+    fn adopt(&self, uid: &str, netns: NetnsRecord) -> io::Result<()> {
+        let open = netns.open()?;
+        let mut pods = self.pods.lock();
+        if pods.contains_key(uid) || self.leaving() {
+            return Ok(());
+        }
+        // Not wanted any more: nothing to do.
+        let Some(word) = self.missing.lock().remove(uid) else {
+            return Ok(());
+        };
+        let addresses = (word.addresses.iter()).filter_map(|bytes| address_from_bytes(bytes));
+        let record = PodRecord {
+            uid: uid.to_owned(),
+            namespace: word.namespace.clone(),
+            name: word.name.clone(),
+            // Of a sandbox whose ADD was not seen; its namespace tells when it is gone.
+            container_id: String::new(),
+            netns,
+            addresses: addresses.collect(),
+            registered: true,
+            pod: Some(word),
+            phase: Phase::Direct,
+            applied: None,
+        };
+        self.tools.store.put(&record).map_err(io::Error::other)?;
+        tracing::info!(
+            namespace = record.namespace,
+            name = record.name,
+            netns = %record.netns.path.display(),
+            "pod: it runs already"
+        );
+        pods.insert(uid.to_owned(), Pod::start(self.tools.clone(), open, record));
+        Ok(())
+    }
+
+    /// What the chain is like is part of the report.
+    async fn report_chain(&self) {
+        let mut chain = self.chain.clone();
+        while chain.changed().await.is_ok() {
+            self.tools.changed.notify_one();
+        }
+    }
+
     async fn collect_leftovers(&self) {
         loop {
             tokio::time::sleep(COLLECT_INTERVAL).await;
             for record in self.records() {
-                if record.netns.open().is_err() {
+                if record.netns.is_gone() {
                     self.forget(&record.uid, "its network namespace is gone");
                 }
             }
@@ -526,4 +666,7 @@ const ADD_BOUND: Duration = Duration::from_secs(9);
 /// Pods that a status names.
 const STATUS_PODS: usize = 50;
 const REGISTER_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two looks at all processes of the node.
+const FIND_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_FIND_PAUSE: Duration = Duration::from_secs(30);
 const COLLECT_INTERVAL: Duration = Duration::from_secs(30);

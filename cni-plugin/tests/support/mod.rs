@@ -122,7 +122,19 @@ impl World {
         config.cni.bin_dir = self.directory.join("bin");
         // The test binary is not the plugin.
         config.cni.install = false;
+        config.cni.proc_dir = self.directory.join("proc");
         config
+    }
+
+    /// As if this process of the pod ran in its sandbox: the tests make no cgroups.
+    pub fn process(&self, pid: u32, uid: &str, pod: &Sandbox) {
+        let directory = self.directory.join(format!("proc/{pid}"));
+        std::fs::create_dir_all(directory.join("ns")).unwrap();
+        let stat = format!("{pid} (pause) S {}77 0", "0 ".repeat(18));
+        std::fs::write(directory.join("stat"), stat).unwrap();
+        std::os::unix::fs::symlink(&pod.path, directory.join("ns/net")).unwrap();
+        let cgroup = format!("0::/kubepods/pod{uid}/sandbox\n");
+        std::fs::write(directory.join("cgroup"), cgroup).unwrap();
     }
 
     /// A pod's network namespace, empty.

@@ -174,7 +174,7 @@ fn broken_files_are_skipped_and_an_empty_directory_waits() {
 async fn a_rewritten_file_is_repaired_at_once() {
     let node = Node::new();
     node.write("10-net.conflist", LIST);
-    let keeper = tokio::spawn(node.chain.clone().keep());
+    let keeper = tokio::spawn(node.chain.clone().keep(watch::Sender::new(None)));
     let inserted = || async {
         while node.read("10-net.conflist")["plugins"]
             .as_array()
