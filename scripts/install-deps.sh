@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a group of targets needs and is missing (Debian 12 and its relatives).
 #
-#   scripts/install-deps.sh GROUP...      groups: build lab test bench kube deny
+#   scripts/install-deps.sh GROUP...      groups: build lab test bench kube charts deny
 #
 # Does nothing, and needs neither root nor the network, when all is there. Packages that bring a
 # service are installed without starting it. Python packages go to target/venv, never to the system.
