@@ -59,6 +59,21 @@ fn a_label_that_means_nothing_does_not_opt_in() {
 }
 
 #[test]
+fn switched_off_nobody_is_in_the_mesh_whatever_else_asks_for_it() {
+    let pod = POD.replace("uid: u", "uid: u, labels: {warren-mesh.io/mesh: enabled}");
+    let mut objects = objects(Some((MESH_LABEL, "enabled")), &pod);
+    assert!(build(&objects, &settings()).pods["u"].opted_in);
+    let mut system = k8s_openapi::api::core::v1::Namespace::default();
+    let off = (MESH_LABEL.to_owned(), "disabled".to_owned());
+    system.metadata.labels = Some([off].into());
+    let name = SYSTEM_NAMESPACE.to_owned();
+    objects.namespaces.insert(name, system.into());
+    let model = build(&objects, &settings());
+    assert!(!model.pods["u"].opted_in);
+    assert!(model.warnings.is_empty(), "{:?}", model.warnings);
+}
+
+#[test]
 fn a_bad_probe_is_named_and_the_others_count() {
     let pod = POD.replace(
         "{name: c}",

@@ -35,10 +35,12 @@ impl Cluster {
             return failure(503, "ServiceUnavailable");
         }
         if query.contains("watch=true") {
-            if state.expired.remove(&collection) {
-                return failure(410, "Expired");
-            }
             let (sender, events) = mpsc::channel(16);
+            if state.expired.remove(&collection) {
+                // As an API server says it: in a watch that begins and ends with it.
+                sender.try_send(expired()).unwrap();
+                return Answer::Watch(events);
+            }
             state.watches.insert(collection, sender);
             return Answer::Watch(events);
         }
@@ -76,6 +78,11 @@ impl Cluster {
         let (client, _) = client(move |asked| cluster.answer(asked));
         Reader::new(&client, &Metrics::default())
     }
+}
+
+fn expired() -> Value {
+    let status = json!({ "kind": "Status", "status": "Failure", "code": 410, "reason": "Expired", "message": "" });
+    json!({ "type": "ERROR", "object": status })
 }
 
 fn pod(name: &str, version: u64) -> Value {
@@ -119,7 +126,7 @@ fn names(objects: &Objects) -> Vec<&str> {
 async fn until(reader: &mut Reader, wanted: impl Fn(&Reader) -> bool) {
     let reached = async {
         while !wanted(reader) {
-            reader.changed().await;
+            reader.next().await;
         }
     };
     let limit = std::time::Duration::from_secs(20);
@@ -187,8 +194,9 @@ async fn a_watch_that_ends_expires_or_fails_is_taken_up_again() {
     // Expired in the middle of a watch.
     watched(&mut reader, &cluster, "pods").await;
     cluster.set("pods", &[pod("d", 10)]);
-    let status = json!({ "kind": "Status", "status": "Failure", "code": 410, "reason": "Expired", "message": "" });
-    cluster.event("pods", "ERROR", status).await;
+    cluster
+        .event("pods", "ERROR", expired()["object"].clone())
+        .await;
     until(&mut reader, |r| names(&r.objects) == ["d"]).await;
 
     // Away: everything stays in force, and what happened is found out afterwards.
