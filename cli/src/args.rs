@@ -52,7 +52,7 @@ pub(crate) struct Install {
     /// Three controllers on different nodes
     #[arg(long)]
     pub(crate) ha: bool,
-    /// Where the images are: <registry>/controller, <registry>/cni, <registry>/node-proxy
+    /// Registry and path of the images, which are named `controller`, `cni` and `node-proxy` there
     #[arg(long, default_value = "warren")]
     pub(crate) registry: String,
     /// Tag of the images
