@@ -2,8 +2,8 @@
 //! the tests.
 //!
 //! The programs are looked for in `$WARREN_KUBE_CACHE/bin` (`~/.cache/warren-kube/bin`), where `tests/kube/build`
-//! puts them, and in the path. Without them the tests pass, saying loudly that they did nothing, unless
-//! `WARREN_TEST_KUBE` is set. Run with `--test-threads=1`: each test has servers of its own.
+//! puts them, and in the path. Without `WARREN_TEST_KUBE` the tests pass, saying loudly that they did nothing.
+//! Run with `--test-threads=1`: each test has servers of its own.
 
 #![allow(clippy::unwrap_used)]
 
