@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_api::names::{MESH_LABEL, MODE_LABEL, SYSTEM_NAMESPACE};
+use mesh_api::names::{MESH_LABEL, MODE_LABEL};
 use mesh_api::proto::mesh::{
     BackendTrafficPolicy, EndpointSlice, Mode, Route, Service, TrafficPolicy,
 };
@@ -183,10 +183,7 @@ fn namespace_defaults(
             warnings.push(warning);
         }
     };
-    let system = objects.namespaces.get(SYSTEM_NAMESPACE);
-    let off = system
-        .and_then(|n| n.metadata.labels.as_ref()?.get(MESH_LABEL))
-        .is_some_and(|value| value == "disabled");
+    let off = objects.mesh_is_off();
     let opted_in = label(MESH_LABEL).map_or(Ok(false), mesh_label);
     let mode = label(MODE_LABEL).map_or(Ok(settings.mode), mode_label);
     NamespaceDefaults {

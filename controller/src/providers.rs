@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use mesh_api::names::{MESH_LABEL, SYSTEM_NAMESPACE};
 
 pub(crate) use self::check::is_dns_name;
 use self::gateway::{BackendTrafficPolicy, GrpcRoute, HttpRoute, TcpRoute, TlsRoute};
@@ -50,6 +51,15 @@ pub struct Objects {
 }
 
 impl Objects {
+    /// Whether the whole mesh is switched off, by the label of Warren's own namespace: it is being taken down.
+    pub(crate) fn mesh_is_off(&self) -> bool {
+        let system = self.namespaces.get(SYSTEM_NAMESPACE);
+        let labels = system.and_then(|namespace| namespace.metadata.labels.as_ref());
+        labels
+            .and_then(|labels| labels.get(MESH_LABEL))
+            .is_some_and(|value| value == "disabled")
+    }
+
     /// Takes an object, or its newer version. True: it is another than before. Identities are named by pods
     /// and pods are made of Deployments elsewhere: the model has no use for ServiceAccounts and Deployments.
     pub(crate) fn insert(&mut self, object: Object) -> bool {

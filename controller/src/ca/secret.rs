@@ -12,13 +12,14 @@ use futures::stream::{BoxStream, SelectAll};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{ObjectMeta, PartialObjectMeta, Patch, PatchParams, PostParams};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client};
 use mesh_api::names::SYSTEM_NAMESPACE;
 use rustls_pki_types::CertificateDer;
 use serde_json::json;
 
 use super::root::{self, CaError, Roots, content};
+use crate::providers::kubernetes::watched;
 
 /// Where root and bundle are in a cluster.
 pub struct RootSecret {
@@ -81,8 +82,8 @@ impl RootSecret {
         let secrets = Api::<PartialObjectMeta<Secret>>::namespaced(client(), SYSTEM_NAMESPACE);
         let maps = Api::<PartialObjectMeta<ConfigMap>>::namespaced(client(), SYSTEM_NAMESPACE);
         let mut changes = SelectAll::new();
-        changes.push(touched(watcher::watcher(secrets, only(&self.name))));
-        changes.push(touched(watcher::watcher(maps, only(BUNDLE))));
+        changes.push(touched(watched(secrets, only(&self.name))));
+        changes.push(touched(watched(maps, only(BUNDLE))));
         Changes(changes)
     }
 
@@ -223,7 +224,7 @@ fn only(name: &str) -> watcher::Config {
 fn touched<T: Send + 'static>(
     stream: impl futures::Stream<Item = watcher::Result<watcher::Event<T>>> + Send + 'static,
 ) -> BoxStream<'static, ()> {
-    let told = stream.default_backoff().filter_map(|event| async {
+    let told = stream.filter_map(|event| async {
         match event {
             Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => None,
             Ok(_) => Some(()),

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::{CONTROLLER, as_us};
-use crate::providers::kubernetes::Shared;
+use crate::providers::kubernetes::{Shared, api_resource};
 
 /// Keeps the object up to date while this replica leads, for as long as it is polled.
 pub async fn run(
@@ -120,14 +120,7 @@ fn wanted(there: &Value, generation: Option<i64>) -> Value {
 }
 
 fn resource(version: &str) -> ApiResource {
-    let (group, version) = version.rsplit_once('/').unwrap_or(("", version));
-    ApiResource {
-        group: group.into(),
-        version: version.into(),
-        api_version: format!("{group}/{version}"),
-        kind: "XMesh".into(),
-        plural: "xmeshes".into(),
-    }
+    api_resource(version, "XMesh", "xmeshes")
 }
 
 /// By the names of the conformance suite, sorted as the API wants them.

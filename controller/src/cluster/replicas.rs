@@ -12,7 +12,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::Patch;
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use mesh_api::names::SYSTEM_NAMESPACE;
 use serde_json::{Value, json};
@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::as_us;
 use crate::enrolment::Peer;
 use crate::hub::Hub;
+use crate::providers::kubernetes::watched;
 
 /// This replica among the others.
 #[derive(Clone)]
@@ -85,8 +86,7 @@ impl Replica {
     /// Hears what the others say, for as long as it is polled.
     pub async fn hear(self, hub: Arc<Hub>) {
         let config = watcher::Config::default().labels(LABEL);
-        let events = watcher::watcher(self.leases(), config).default_backoff();
-        let mut events = events.into_stream().boxed();
+        let mut events = watched(self.leases(), config).boxed();
         loop {
             let lease = match events.try_next().await {
                 Ok(Some(watcher::Event::Apply(lease) | watcher::Event::InitApply(lease))) => {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use kube::api::Patch;
 use kube::{Api, Client};
-use mesh_api::names::{MESH_LABEL, NOT_READY_TAINT, SYSTEM_NAMESPACE};
+use mesh_api::names::{NOT_READY_TAINT, SYSTEM_NAMESPACE};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -58,15 +58,7 @@ fn to_change(
     reported: &BTreeMap<String, bool>,
     leads: bool,
 ) -> Vec<(String, bool)> {
-    let label = objects
-        .namespaces
-        .get(SYSTEM_NAMESPACE)
-        .and_then(|namespace| {
-            let labels = namespace.metadata.labels.as_ref()?;
-            labels.get(MESH_LABEL)
-        });
-    // The mesh is being taken down.
-    let leaving = label.is_some_and(|value| value == "disabled");
+    let leaving = objects.mesh_is_off();
     let agents: BTreeSet<&str> = objects
         .pods
         .range((SYSTEM_NAMESPACE.to_owned(), String::new())..)

@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 
-use mesh_api::names::{EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_CIDRS, EXCLUDE_OUTBOUND_PORTS};
+use mesh_api::names::{
+    EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_CIDRS, EXCLUDE_OUTBOUND_PORTS, SYSTEM_NAMESPACE,
+};
 
 use super::*;
 

@@ -12,6 +12,7 @@ mod custom;
 #[cfg(test)]
 mod tests;
 mod trim;
+mod watched;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
@@ -25,8 +26,6 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::DynamicObject;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::runtime::WatchStreamExt;
-use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client};
 use parking_lot::Mutex;
@@ -35,7 +34,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use self::custom::Seen;
+pub(crate) use self::custom::api_resource;
 use self::custom::{CUSTOM_KINDS, CustomKind};
+pub(crate) use self::watched::watched;
 use super::{Object, ObjectKey, Objects};
 use crate::config;
 use crate::metrics::{KindLabel, Metrics};
@@ -240,7 +241,7 @@ impl Reader {
     {
         self.waiting.insert(kind);
         let api = Api::<K>::all(self.client.clone());
-        let stream = watcher::watcher(api, config).backoff(Retry::default());
+        let stream = watched(api, config);
         let changes = stream.map(move |event| match event {
             Ok(event) => {
                 let mut version = 0;
@@ -433,35 +434,6 @@ fn map<A, B>(event: Event<A>, mut f: impl FnMut(A) -> B) -> Event<B> {
     }
 }
 
-/// How long a failed watch rests: doubled from failure to failure, from the start after a minute without.
-#[derive(Debug, Default)]
-struct Retry {
-    last: Option<(Instant, Duration)>,
-}
-
-impl Iterator for Retry {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        let now = Instant::now();
-        let rest = match self.last {
-            Some((at, rest)) if now < at + CALM => (rest * 2).min(LONGEST_REST),
-            _ => SHORTEST_REST,
-        };
-        self.last = Some((now, rest));
-        // Half of it by chance, so that replicas and kinds do not come all at once.
-        Some(rest.mul_f64(rand::random_range(0.5..1.0)))
-    }
-}
-
-impl Backoff for Retry {
-    // A list that is about to be tried counts as success: time decides instead.
-    fn reset(&mut self) {}
-}
-
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_GATHERING: Duration = Duration::from_millis(300);
-const SHORTEST_REST: Duration = Duration::from_millis(500);
-const LONGEST_REST: Duration = Duration::from_secs(5);
-const CALM: Duration = Duration::from_secs(60);

@@ -1,3 +1,4 @@
+use mesh_api::names::MESH_LABEL;
 use serde_json::json;
 
 use super::*;

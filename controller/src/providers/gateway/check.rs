@@ -14,6 +14,7 @@ use super::{
     ParentReference, SessionPersistence, TcpRouteSpec, TlsRouteSpec, duration,
 };
 use crate::providers::field::{Found, Report, Step, steps};
+use crate::providers::is_dns_name;
 
 /// Everything that is wrong with an HTTPRoute.
 pub(crate) fn http_route(spec: &HttpRouteSpec) -> Vec<Found> {
@@ -88,7 +89,7 @@ pub(crate) fn tls_route(spec: &TlsRouteSpec) -> Vec<Found> {
     }
     at_most("hostnames", spec.hostnames.len(), 16, &mut at);
     for (i, name) in spec.hostnames.iter().enumerate() {
-        if !is_hostname(name.strip_prefix("*.").unwrap_or(name)) {
+        if !is_dns_name(name.strip_prefix("*.").unwrap_or(name)) {
             let message =
                 format!("expected a host name such as a.example or *.example, found {name:?}");
             at.say(steps!["hostnames", i], message);
@@ -164,7 +165,7 @@ fn rule_names<'a>(names: impl ExactSizeIterator<Item = Option<&'a str>>, at: &mu
     let mut seen = BTreeSet::new();
     for (i, name) in names.enumerate() {
         let Some(name) = name else { continue };
-        if !is_hostname(name) {
+        if !is_dns_name(name) {
             let message = format!("expected a name of a-z, 0-9, '-' and '.', found {name:?}");
             at.say(steps!["rules", i, "name"], message);
         } else if !seen.insert(name) {
@@ -450,18 +451,6 @@ pub(crate) fn time(
         Err(message) => at.say(steps![field], message),
     }
     None
-}
-
-/// DNS-1123 subdomain.
-fn is_hostname(name: &str) -> bool {
-    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    name.len() <= 253
-        && name.split('.').all(|label| {
-            !label.is_empty()
-                && label.bytes().all(inner)
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
 }
 
 /// Matches of all rules together.

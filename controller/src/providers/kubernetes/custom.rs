@@ -6,12 +6,11 @@ use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject};
-use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Active, Change, Reader, Retry, map};
+use super::{Active, Change, Reader, map, watched};
 use crate::providers::field::{Step, display};
 use crate::providers::gateway::Custom;
 use crate::providers::object::KINDS;
@@ -77,15 +76,20 @@ impl CustomKind {
     }
 
     fn resource(&self, version: &str) -> ApiResource {
-        let (group, version) = version.rsplit_once('/').unwrap_or(("", version));
         let (plural, _) = self.definition.split_once('.').unwrap_or_default();
-        ApiResource {
-            group: group.into(),
-            version: version.into(),
-            api_version: format!("{group}/{version}"),
-            kind: self.kind.into(),
-            plural: plural.into(),
-        }
+        api_resource(version, self.kind, plural)
+    }
+}
+
+/// `version`: `<group>/<version>`.
+pub(crate) fn api_resource(version: &str, kind: &str, plural: &str) -> ApiResource {
+    let (group, number) = version.rsplit_once('/').unwrap_or(("", version));
+    ApiResource {
+        group: group.into(),
+        version: number.into(),
+        api_version: version.into(),
+        kind: kind.into(),
+        plural: plural.into(),
     }
 }
 
@@ -96,8 +100,7 @@ impl Reader {
         let api = Api::<DynamicObject>::all_with(self.client.clone(), &definitions());
         let config =
             watcher::Config::default().fields(&format!("metadata.name={}", kind.definition));
-        let stream = watcher::watcher(api, config).backoff(Retry::default());
-        let changes = stream.map(move |event| match event {
+        let changes = watched(api, config).map(move |event| match event {
             Ok(event) => Change::Definition {
                 kind,
                 event: map(event, Box::new),
@@ -133,9 +136,7 @@ impl Reader {
                     self.waiting.insert(kind.kind);
                     let resource = kind.resource(version);
                     let api = Api::<DynamicObject>::all_with(self.client.clone(), &resource);
-                    let stream = watcher::watcher(api, watcher::Config::default())
-                        .backoff(Retry::default())
-                        .take_until(stopped);
+                    let stream = watched(api, watcher::Config::default()).take_until(stopped);
                     let changes = stream.map(move |event| match event {
                         Ok(event) => Change::Custom {
                             kind,
@@ -240,13 +241,11 @@ fn custom<S: DeserializeOwned>(
 }
 
 fn definitions() -> ApiResource {
-    ApiResource {
-        group: "apiextensions.k8s.io".into(),
-        version: "v1".into(),
-        api_version: "apiextensions.k8s.io/v1".into(),
-        kind: "CustomResourceDefinition".into(),
-        plural: "customresourcedefinitions".into(),
-    }
+    api_resource(
+        "apiextensions.k8s.io/v1",
+        "CustomResourceDefinition",
+        "customresourcedefinitions",
+    )
 }
 
 /// Not read from anywhere, only written.

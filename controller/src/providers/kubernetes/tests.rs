@@ -13,8 +13,10 @@ struct Cluster(Arc<Mutex<State>>);
 struct State {
     lists: BTreeMap<String, Vec<Value>>,
     watches: BTreeMap<String, mpsc::Sender<Value>>,
-    /// Collections whose next watch is refused as expired.
+    /// Collections whose next watch begins with its expiry.
     expired: BTreeSet<String>,
+    /// Collections whose next watch is refused as expired.
+    refused: BTreeSet<String>,
     down: bool,
 }
 
@@ -35,6 +37,9 @@ impl Cluster {
             return failure(503, "ServiceUnavailable");
         }
         if query.contains("watch=true") {
+            if state.refused.remove(&collection) {
+                return failure(410, "Expired");
+            }
             let (sender, events) = mpsc::channel(16);
             if state.expired.remove(&collection) {
                 // As an API server says it: in a watch that begins and ends with it.
@@ -157,7 +162,7 @@ async fn events_change_what_is_in_force() {
     cluster.set("pods", &[pod("a", 5)]);
     let mut reader = cluster.reader();
     reader.listed().await;
-    watched(&mut reader, &cluster, "pods").await;
+    is_watched(&mut reader, &cluster, "pods").await;
     let mut other = pod("a", 6);
     other["status"]["conditions"] = json!([{ "type": "Ready", "status": "True" }]);
     cluster.event("pods", "MODIFIED", other).await;
@@ -170,7 +175,7 @@ async fn events_change_what_is_in_force() {
 }
 
 /// Waits until the collection is watched.
-async fn watched(reader: &mut Reader, cluster: &Cluster, collection: &str) {
+async fn is_watched(reader: &mut Reader, cluster: &Cluster, collection: &str) {
     while !cluster.0.lock().watches.contains_key(collection) {
         // Only drives the watches.
         let _ = tokio::time::timeout(std::time::Duration::from_millis(10), reader.next()).await;
@@ -183,7 +188,7 @@ async fn a_watch_that_ends_expires_or_fails_is_taken_up_again() {
     cluster.set("pods", &[pod("a", 5), pod("b", 5)]);
     let mut reader = cluster.reader();
     reader.listed().await;
-    watched(&mut reader, &cluster, "pods").await;
+    is_watched(&mut reader, &cluster, "pods").await;
 
     // Expired: listed anew, and what went away meanwhile is gone.
     cluster.set("pods", &[pod("b", 5), pod("c", 9)]);
@@ -191,8 +196,15 @@ async fn a_watch_that_ends_expires_or_fails_is_taken_up_again() {
     cluster.hang_up("pods");
     until(&mut reader, |r| names(&r.objects) == ["b", "c"]).await;
 
+    // The same, said by a refusal.
+    is_watched(&mut reader, &cluster, "pods").await;
+    cluster.set("pods", &[pod("c", 9), pod("f", 9)]);
+    cluster.0.lock().refused.insert("pods".into());
+    cluster.hang_up("pods");
+    until(&mut reader, |r| names(&r.objects) == ["c", "f"]).await;
+
     // Expired in the middle of a watch.
-    watched(&mut reader, &cluster, "pods").await;
+    is_watched(&mut reader, &cluster, "pods").await;
     cluster.set("pods", &[pod("d", 10)]);
     cluster
         .event("pods", "ERROR", expired()["object"].clone())
@@ -200,7 +212,7 @@ async fn a_watch_that_ends_expires_or_fails_is_taken_up_again() {
     until(&mut reader, |r| names(&r.objects) == ["d"]).await;
 
     // Away: everything stays in force, and what happened is found out afterwards.
-    watched(&mut reader, &cluster, "pods").await;
+    is_watched(&mut reader, &cluster, "pods").await;
     cluster.0.lock().down = true;
     cluster.hang_up("pods");
     while reader.failing.is_empty() {
@@ -219,7 +231,7 @@ async fn a_kind_is_watched_while_its_definition_is_served() {
     let cluster = Cluster::default();
     let mut reader = cluster.reader();
     reader.listed().await;
-    watched(&mut reader, &cluster, ROUTES).await;
+    is_watched(&mut reader, &cluster, ROUTES).await;
     cluster.set(
         "httproutes",
         &[route("r", json!({ "parentRefs": [{ "name": "web" }] }))],
@@ -277,7 +289,7 @@ async fn an_object_that_cannot_be_read_leaves_its_last_good_version() {
         1,
         "a mistake costs its own object and nothing else"
     );
-    watched(&mut reader, &cluster, "httproutes").await;
+    is_watched(&mut reader, &cluster, "httproutes").await;
     let broken = json!({ "parentRefs": [{ "name": "web", "port": "http" }] });
     cluster
         .event("httproutes", "MODIFIED", route("r", broken))

@@ -1,11 +1,12 @@
 //! Filters: each one by itself, and which may stand together.
 
-use super::{at_most, backend_reference, header_name, is_hostname, range};
+use super::{at_most, backend_reference, header_name, range};
 use crate::providers::field::{Report, steps};
 use crate::providers::gateway::{
     Cors, HeaderModifier, HttpRouteMatch, PathModifier, RequestMirror, RequestRedirect,
     RouteFilter, UrlRewrite,
 };
+use crate::providers::is_dns_name;
 
 /// Where filters stand: it decides which of them may.
 #[derive(Clone, Copy)]
@@ -199,7 +200,7 @@ fn rewrite_filter(rewrite: &UrlRewrite, place: Place<'_>, at: &mut Report<'_>) {
 }
 
 fn hostname(name: Option<&str>, at: &mut Report<'_>) {
-    if let Some(name) = name.filter(|n| !is_hostname(n)) {
+    if let Some(name) = name.filter(|n| !is_dns_name(n)) {
         let message = format!("expected a host name, found {name:?}");
         at.say(steps!["hostname"], message);
     }
