@@ -139,8 +139,10 @@ fn redirect(pair: &Pair, target: SocketAddr) -> Result<(), Error> {
 
 /// The port to dial for requests with so many routes attached, to a server of one of the two protocols.
 pub(super) fn http_port(http2: bool, routes: usize) -> u16 {
-    let front = config::http_fronts().find(|front| (front.http2, front.routes) == (http2, routes));
-    front.map_or(PORT, |front| front.port)
+    config::http_fronts()
+        .find(|front| (front.http2, front.routes) == (http2, routes))
+        .expect("plans have the numbers of `ROUTES`")
+        .port
 }
 
 /// A root and two P-256 leaves with SPIFFE names, as Warren's are.

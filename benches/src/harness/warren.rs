@@ -217,7 +217,7 @@ fn front(side: Side, plan: &Plan) -> usize {
     fronts()
         .iter()
         .position(|front| front.name == wanted)
-        .unwrap_or(0)
+        .expect("plans have the numbers of `ROUTES`")
 }
 
 fn cluster_ip(side: Side, front: usize) -> IpAddr {
