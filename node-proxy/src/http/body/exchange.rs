@@ -61,8 +61,9 @@ impl ExchangeError {
 /// the stream, and so does dropping the answer's body before its end. `send` must be ready
 /// ([`SendRequest::ready`]). Interim responses go to the request's [`OnInterim`].
 ///
-/// What the request's body has waiting is charged to `account`. The body is sent while the answer is waited for, and in a task of its own if the answer's head
-/// comes first; the task ends with the body or the stream.
+/// The request's body is sent while the answer is waited for, and in a task of its own if the answer's head
+/// comes first; the task ends with the body, with the stream, or when the peer takes nothing for [`STALL`]. What it has
+/// waiting is charged to `account`.
 pub async fn exchange(
     send: &mut SendRequest<Bytes>,
     request: Request<Body>,
