@@ -14,7 +14,7 @@ declare -A APT=(
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
   [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk prometheus"
   [bench]="nftables iproute2 curl python3-venv util-linux"
-  [kube]="containerd runc etcd-server containernetworking-plugins iptables nftables iproute2 busybox curl jq openssl procps python3-venv util-linux"
+  [kube]="containerd runc etcd-server etcd-client containernetworking-plugins iptables nftables iproute2 busybox curl jq openssl procps python3-venv util-linux"
   [charts]="python3-venv"
   [deny]=""
 )

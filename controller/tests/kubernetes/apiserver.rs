@@ -38,11 +38,13 @@ impl ApiServer {
         let dir = TempDir::new().unwrap();
         let [client_port, peer_port, port] = ports();
         let etcd = etcd(&programs.0, dir.path(), client_port, peer_port);
-        std::fs::write(
-            dir.path().join("sa.key"),
-            KeyPair::generate().unwrap().serialize_pem(),
-        )
-        .unwrap();
+        let key = KeyPair::generate().unwrap();
+        for (name, text) in [
+            ("sa.key", key.serialize_pem()),
+            ("sa.pub", key.public_key_pem()),
+        ] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
         std::fs::write(dir.path().join("tokens.csv"), TOKENS).unwrap();
         let ports = (client_port, port);
         let apiserver = apiserver(&programs.1, dir.path(), ports);
@@ -101,7 +103,8 @@ impl ApiServer {
                 .env("ETCDCTL_API", "3")
                 .arg(endpoint)
                 .args(arguments);
-            let output = command.output().unwrap();
+            let output = command.output();
+            let output = output.expect("etcdctl is missing: apt-get install etcd-client");
             assert!(output.status.success(), "{output:?}");
             String::from_utf8(output.stdout).unwrap()
         };
@@ -320,7 +323,7 @@ fn apiserver(program: &Path, dir: &Path, (etcd, port): (u16, u16)) -> Child {
         ])
         .args(["--service-account-issuer", "https://kubernetes.default.svc"])
         .args(["--service-account-signing-key-file", &file("sa.key")])
-        .args(["--service-account-key-file", &file("sa.key")])
+        .args(["--service-account-key-file", &file("sa.pub")])
         .args([
             "--service-cluster-ip-range",
             "10.96.0.0/16",
