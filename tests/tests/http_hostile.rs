@@ -19,8 +19,9 @@ const ATTACKER: PodRef<'_> = ("demo", "attacker");
 const QUIET: PodRef<'_> = ("demo", "quiet");
 const FAR: PodRef<'_> = ("demo", "far");
 const NODES: [&str; 2] = ["node-1", "node-2"];
-/// How much a proxy may grow under any attack of one workload.
-const MEMORY_KIB: u64 = 96 * 1024;
+/// How much a proxy may grow under any attack: no attack has more than a hundred requests under way at once, and each may
+/// hold so much (docs/reference/node-proxy.md, "What a workload can make the proxy hold").
+const MEMORY_KIB: u64 = 100 * 1331;
 /// Pages of the program file that a worker may have mapped.
 const FILE_KIB: u64 = 32 * 1024;
 /// Ports of the Service: HTTP/1 and HTTP/2 declared.
