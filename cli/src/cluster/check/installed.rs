@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use mesh_api::client::credentials::bundle_from_pem;
 use mesh_api::tls;
 
-use super::facts::{Facts, full_name, label, name};
+use super::facts::{ADMISSION_POLICY, Facts, full_name, label, name};
 use super::{Check, Finding};
 
 pub(super) const CHECKS: &[Check] = &[
@@ -15,6 +15,12 @@ pub(super) const CHECKS: &[Check] = &[
         expects: "the CRD of TrafficPolicy is there",
         hint: "install the chart warren-crds",
         look: crds,
+    },
+    Check {
+        id: "admission-policy",
+        expects: "only the controller may write what it records at pods",
+        hint: "install the chart warren with admissionPolicy.enabled; until then, who may change a pod can take it out of the mesh",
+        look: admission_policy,
     },
     Check {
         id: "controller-ready",
@@ -117,6 +123,32 @@ fn crds(facts: &Facts) -> Finding {
         true => Finding::Ok,
         false => Finding::Failed("trafficpolicies.warren-mesh.io is not there".into()),
     }
+}
+
+fn admission_policy(facts: &Facts) -> Finding {
+    let missing = |kind: &str| format!("there is no {kind} {ADMISSION_POLICY}");
+    let Some(policy) = &facts.admission else {
+        return Finding::Warning(missing("ValidatingAdmissionPolicy"));
+    };
+    let binding = facts.admission_binding.as_ref();
+    let Some(binding) = binding.and_then(|binding| binding.spec.as_ref()) else {
+        return Finding::Warning(missing("ValidatingAdmissionPolicyBinding"));
+    };
+    let actions = binding.validation_actions.iter().flatten();
+    if !actions.into_iter().any(|action| action == "Deny") {
+        return Finding::Warning("its binding does not say Deny".into());
+    }
+    let checked = policy
+        .status
+        .as_ref()
+        .and_then(|s| s.type_checking.as_ref());
+    let warnings = checked.and_then(|checked| checked.expression_warnings.as_ref());
+    let broken = warnings.into_iter().flatten();
+    Finding::warning_for(
+        broken
+            .map(|w| format!("{}: {}", w.field_ref, w.warning))
+            .collect(),
+    )
 }
 
 fn controller_ready(facts: &Facts) -> Finding {

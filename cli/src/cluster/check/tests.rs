@@ -107,6 +107,8 @@ fn healthy() -> Facts {
             object(crd("trafficpolicies.warren-mesh.io", "")),
             object(crd("httproutes.gateway.networking.k8s.io", "v1.6.1")),
         ],
+        admission: Some(object(json!({"spec": {}}))),
+        admission_binding: Some(object(json!({"spec": {"validationActions": ["Deny"]}}))),
         cilium: None,
         trust_bundle: Some(object(bundle(365))),
         lease: Some(object(json!({"spec": {
@@ -227,6 +229,22 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     }),
     ("crds", "trafficpolicies", |f| {
         f.crds.retain(|crd| !facts::name(crd).contains("warren"))
+    }),
+    ("admission-policy", "no ValidatingAdmissionPolicy ", |f| {
+        f.admission = None
+    }),
+    ("admission-policy", "PolicyBinding", |f| {
+        f.admission_binding = None
+    }),
+    ("admission-policy", "does not say Deny", |f| {
+        f.admission_binding = Some(object(json!({"spec": {"validationActions": ["Audit"]}})));
+    }),
+    ("admission-policy", "spec.matchConditions[0]", |f| {
+        f.admission = Some(object(
+            json!({"spec": {}, "status": {"typeChecking": {"expressionWarnings": [
+                {"fieldRef": "spec.matchConditions[0].expression", "warning": "undefined field"},
+            ]}}}),
+        ));
     }),
     ("controller-ready", "none of 1", |f| {
         f.controller
