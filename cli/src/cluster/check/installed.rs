@@ -101,6 +101,12 @@ pub(super) const CHECKS: &[Check] = &[
         look: mistakes,
     },
     Check {
+        id: "routes-and-policies",
+        expects: "routes and policies are in force as they are written",
+        hint: "the condition's message says what to mend; `kubectl describe` shows it, too",
+        look: routes_and_policies,
+    },
+    Check {
         id: "versions",
         expects: "all parts are of one version",
         hint: "an upgrade is under way, or stuck: kubectl -n warren-system rollout status",
@@ -130,12 +136,11 @@ fn admission_policy(facts: &Facts) -> Finding {
     let Some(policy) = &facts.admission else {
         return Finding::Warning(missing("ValidatingAdmissionPolicy"));
     };
-    let binding = facts.admission_binding.as_ref();
-    let Some(binding) = binding.and_then(|binding| binding.spec.as_ref()) else {
+    let Some(binding) = &facts.admission_binding else {
         return Finding::Warning(missing("ValidatingAdmissionPolicyBinding"));
     };
-    let actions = binding.validation_actions.iter().flatten();
-    if !actions.into_iter().any(|action| action == "Deny") {
+    let mut actions = binding.spec.validation_actions.iter();
+    if !actions.any(|action| action == "Deny") {
         return Finding::Warning("its binding does not say Deny".into());
     }
     let checked = policy
@@ -413,6 +418,36 @@ fn mistakes(facts: &Facts) -> Finding {
         Some(status) => Finding::failed_for(strings(&status["mistakes"])),
         None => Finding::Unknown("no controller answers /status".into()),
     }
+}
+
+/// Conditions that say that something is not as it was written.
+fn routes_and_policies(facts: &Facts) -> Finding {
+    let mut bad = Vec::new();
+    // That nobody answers is another check's to say.
+    let status = facts.status.clone().unwrap_or_default();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let objects = ["routes", "policies"].map(|list| status[list].as_array());
+    for object in objects.into_iter().flatten().flatten() {
+        let parents = object["parents"].as_array().into_iter().flatten();
+        for condition in parents.flat_map(|p| p["conditions"].as_array().into_iter().flatten()) {
+            let wanted = match condition["type"].as_str() {
+                Some("Accepted" | "ResolvedRefs") => "True",
+                _ => "False",
+            };
+            if condition["status"] != wanted {
+                bad.push(format!(
+                    "{} {}/{}: {}: {}",
+                    text(&object["kind"]),
+                    text(&object["namespace"]),
+                    text(&object["name"]),
+                    text(&condition["reason"]),
+                    text(&condition["message"])
+                ));
+            }
+        }
+    }
+    bad.dedup();
+    Finding::warning_for(bad)
 }
 
 fn versions(facts: &Facts) -> Finding {
