@@ -122,6 +122,8 @@ pub struct Metrics {
     pub store_failures: Counter,
     /// Watches of the API server that failed.
     pub watch_failures: Family<KindLabel, Counter>,
+    /// NetworkPolicies that do not hold between pods of the mesh; at the leader.
+    pub network_policies: Gauge,
     /// Whether this replica writes status.
     pub leader: Gauge,
 }
@@ -150,6 +152,7 @@ impl Default for Metrics {
             trusted_roots: Gauge::default(),
             store_failures: Counter::default(),
             watch_failures: Family::default(),
+            network_policies: Gauge::default(),
             leader: Gauge::default(),
         };
         metrics.register();
@@ -190,6 +193,7 @@ impl Metrics {
             trusted_roots,
             store_failures,
             watch_failures,
+            network_policies,
             leader,
         } = self;
         let mut r = registry.lock();
@@ -250,6 +254,8 @@ impl Metrics {
         r.register("store_failures", help, store_failures.clone());
         let help = "Watches of the API server that failed and were taken up again";
         r.register("watch_failures", help, watch_failures.clone());
+        let help = "NetworkPolicies that do not hold between pods of the mesh; at the leader";
+        r.register("network_policies", help, network_policies.clone());
         let help = "1 if this replica writes status, taints and the trust bundle";
         r.register("leader", help, leader.clone());
     }

@@ -9,6 +9,9 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream;
+use k8s_openapi::api::admissionregistration::v1::{
+    ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding,
+};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Service, ServiceAccount};
@@ -203,6 +206,11 @@ async fn objects(client: &Client) -> Result<()> {
     delete_ours(&Api::<Role>::namespaced(client.clone(), SYSTEM_NAMESPACE)).await?;
     delete_ours(&Api::<ClusterRoleBinding>::all(client.clone())).await?;
     delete_ours(&Api::<ClusterRole>::all(client.clone())).await?;
+    delete_ours(&Api::<ValidatingAdmissionPolicyBinding>::all(
+        client.clone(),
+    ))
+    .await?;
+    delete_ours(&Api::<ValidatingAdmissionPolicy>::all(client.clone())).await?;
     delete_ours(&Api::<ServiceAccount>::namespaced(
         client.clone(),
         SYSTEM_NAMESPACE,

@@ -1,10 +1,13 @@
 //! Events on users' objects that something is wrong with.
 //!
 //! The leader tells of what everyone can see: objects that cannot be read, labels and annotations that mean
-//! nothing, routes and policies that are not in force as written. A failed enrolment is told of by the replica
-//! that the agent reports to. Everything is told once, and again if it comes back.
+//! nothing, routes and policies that are not in force as written, NetworkPolicies that mean something else for pods of
+//! the mesh ([`network`]). A failed enrolment is told of by the replica that the agent reports to. Everything is told
+//! once, and again if it comes back.
 
-use std::collections::BTreeSet;
+mod network;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,17 +36,23 @@ pub async fn run(
     };
     let recorder = Recorder::new(client, reporter);
     let mut told = BTreeSet::new();
+    let mut policies = network::Policies::default();
     let mut clock = tokio::time::interval(LOOK);
     loop {
         clock.tick().await;
         let mut found = failures(&hub);
-        if *leading.borrow() {
+        let leads = *leading.borrow();
+        if leads {
             found.extend(mistakes(&hub, &shared));
+            found.extend(policies.look(&hub, &shared).clone());
         }
-        told.retain(|complaint| found.contains(complaint));
-        let new: Vec<Complaint> = found.difference(&told).cloned().collect();
-        for complaint in new.into_iter().take(AT_ONCE) {
-            if let Err(error) = complaint.publish(&recorder, &hub, &shared).await {
+        let named = if leads { policies.count() } else { 0 };
+        hub.metrics().network_policies.set(named);
+        told.retain(|complaint| found.contains_key(complaint));
+        let new = found.into_iter().filter(|(c, _)| !told.contains(c));
+        for (complaint, detail) in new.take(AT_ONCE).collect::<Vec<_>>() {
+            let published = complaint.publish(&detail, &recorder, &hub, &shared).await;
+            if let Err(error) = published {
                 tracing::debug!("an Event cannot be written, the rest waits: {error}");
                 break;
             }
@@ -59,7 +68,10 @@ struct Complaint {
     note: String,
 }
 
-fn failures(hub: &Hub) -> BTreeSet<Complaint> {
+/// What is wrong, and what is told beside, but is no reason to tell it again.
+type Found = BTreeMap<Complaint, String>;
+
+fn failures(hub: &Hub) -> Found {
     let failed = hub
         .failures()
         .into_iter()
@@ -72,10 +84,10 @@ fn failures(hub: &Hub) -> BTreeSet<Complaint> {
             reason: "EnrolmentFailed".into(),
             note: format!("the pod cannot join the mesh: {why}"),
         });
-    failed.collect()
+    failed.map(|complaint| (complaint, String::new())).collect()
 }
 
-fn mistakes(hub: &Hub, shared: &Shared) -> BTreeSet<Complaint> {
+fn mistakes(hub: &Hub, shared: &Shared) -> Found {
     let model = hub.model();
     let unreadable = shared
         .mistakes()
@@ -102,22 +114,25 @@ fn mistakes(hub: &Hub, shared: &Shared) -> BTreeSet<Complaint> {
         })
     });
     let all = unreadable.chain(warnings).chain(statuses);
-    all.collect()
+    all.map(|complaint| (complaint, String::new())).collect()
 }
 
 impl Complaint {
     async fn publish(
         &self,
+        detail: &str,
         recorder: &Recorder,
         hub: &Hub,
         shared: &Shared,
     ) -> Result<(), kube::Error> {
         let versions = KINDS.iter().find(|k| k.0 == self.object.kind);
+        let versions = versions.map(|k| k.1).unwrap_or(network::VERSIONS);
         let uid = shared
             .uid(&self.object)
+            .or_else(|| network::uid(shared, &self.object))
             .or_else(|| uid(&hub.objects(), &self.object));
         let reference = ObjectReference {
-            api_version: versions.and_then(|k| k.1.first()).map(|v| (*v).into()),
+            api_version: versions.first().map(|v| (*v).into()),
             kind: Some(self.object.kind.clone()),
             namespace: Some(self.object.namespace.clone()).filter(|n| !n.is_empty()),
             name: Some(self.object.name.clone()),
@@ -127,12 +142,20 @@ impl Complaint {
         let event = Event {
             type_: EventType::Warning,
             reason: self.reason.clone(),
-            note: Some(self.note.chars().take(LONGEST_NOTE).collect()),
+            note: Some(shortened(format!("{}{detail}", self.note))),
             action: "Configure".into(),
             secondary: None,
         };
         recorder.publish(&event, &reference).await
     }
+}
+
+/// As much as the API server takes.
+fn shortened(mut note: String) -> String {
+    let ends = (0..=LONGEST_NOTE.min(note.len())).rev();
+    let end = ends.into_iter().find(|end| note.is_char_boundary(*end));
+    note.truncate(end.unwrap_or(0));
+    note
 }
 
 fn uid(objects: &Objects, key: &ObjectKey) -> Option<String> {
@@ -150,5 +173,5 @@ fn uid(objects: &Objects, key: &ObjectKey) -> Option<String> {
 const LOOK: Duration = Duration::from_secs(1);
 /// Events a second; what is left is told the next.
 const AT_ONCE: usize = 10;
-/// The API server takes up to a kilobyte.
-const LONGEST_NOTE: usize = 240;
+/// Bytes.
+const LONGEST_NOTE: usize = 1024;

@@ -6,8 +6,8 @@
 //! node knows" is asked for, the nodes of the other replicas count as well ([`Peers`]).
 //!
 //! The phases that no other node hears of (`off`, `wanted`) are not recorded; every replica finds them by
-//! itself. Whoever may write annotations of a pod could write this one: an address counts only as far as the
-//! pod's status does not contradict it, nor that of another pod.
+//! itself. An admission policy keeps others from writing the annotation; where there is none, an address counts only
+//! as far as the pod's status does not contradict it, nor that of another pod.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;

@@ -2,13 +2,15 @@
 //!
 //! Of every object only what the mesh uses is kept ([`trim`]), so that memory grows with what matters and a
 //! change of anything else wakes nobody. The kinds of the Gateway API and Warren's own are watched from the
-//! moment that their CRD is served, and are empty before and after ([`custom`]).
+//! moment that their CRD is served, and are empty before and after ([`custom`]). NetworkPolicies are beside all that:
+//! no node is told of them ([`network`]).
 //!
 //! Invariants: nothing is shown before every kind was listed once, since enrolled pods that are not shown are
 //! taken for gone. An object that cannot be read leaves its last good version in force. A watch that fails
 //! leaves everything in force and is taken up again, with a new list where the API server asks for one.
 
 mod custom;
+pub mod network;
 #[cfg(test)]
 mod tests;
 mod trim;
@@ -24,6 +26,7 @@ use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::DynamicObject;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::watcher::{self, Event};
@@ -36,8 +39,9 @@ use tokio::time::Instant;
 pub use self::custom::Seen;
 pub(crate) use self::custom::api_resource;
 use self::custom::{CUSTOM_KINDS, CustomKind};
+use self::network::Policy;
 pub(crate) use self::watched::watched;
-use super::{Object, ObjectKey, Objects};
+use super::{NamespacedName, Object, ObjectKey, Objects};
 use crate::config;
 use crate::metrics::{KindLabel, Metrics};
 
@@ -108,7 +112,12 @@ pub struct Shared {
     served: watch::Sender<BTreeMap<&'static str, &'static str>>,
     /// What the first complete list still waits for.
     waiting: Mutex<Vec<&'static str>>,
+    /// NetworkPolicies that may refuse a connection between pods; replaced when one changes.
+    policies: Mutex<Arc<Policies>>,
 }
+
+/// NetworkPolicies by namespace and name.
+pub type Policies = BTreeMap<NamespacedName, Policy>;
 
 #[derive(Debug)]
 struct Active {
@@ -135,6 +144,10 @@ enum Change {
     Definition {
         kind: &'static CustomKind,
         event: Event<Box<DynamicObject>>,
+    },
+    /// Its name, and the policy if it may refuse anything.
+    Policy {
+        event: Event<(NamespacedName, Option<Policy>)>,
     },
     Failed {
         kind: &'static str,
@@ -170,6 +183,7 @@ impl Reader {
                 seen: Mutex::default(),
                 served: watch::Sender::default(),
                 waiting: Mutex::default(),
+                policies: Mutex::default(),
             }),
         };
         let all = watcher::Config::default();
@@ -180,7 +194,8 @@ impl Reader {
         reader.follow::<Node>("Node", all.clone(), trim::node);
         reader.follow::<Pod>("Pod", running, trim::pod);
         reader.follow::<Service>("Service", all.clone(), trim::service);
-        reader.follow::<EndpointSlice>("EndpointSlice", all, trim::slice);
+        reader.follow::<EndpointSlice>("EndpointSlice", all.clone(), trim::slice);
+        reader.follow_policies(all);
         for kind in &CUSTOM_KINDS {
             reader.follow_definition(kind);
         }
@@ -261,8 +276,59 @@ impl Reader {
         self.streams.push(changes.boxed());
     }
 
+    /// Nothing waits for them: what nodes are told does not depend on them.
+    fn follow_policies(&mut self, config: watcher::Config) {
+        let stream = watched(Api::<NetworkPolicy>::all(self.client.clone()), config);
+        let changes = stream.map(|event| match event {
+            Ok(event) => Change::Policy {
+                event: map(event, |policy: NetworkPolicy| {
+                    let metadata = &policy.metadata;
+                    let namespace = metadata.namespace.clone().unwrap_or_default();
+                    let name = metadata.name.clone().unwrap_or_default();
+                    ((namespace, name), Policy::of(policy))
+                }),
+            },
+            Err(error) => Change::failed(NETWORK_POLICY, &error),
+        });
+        self.streams.push(changes.boxed());
+    }
+
+    fn take_policy(&mut self, event: Event<(NamespacedName, Option<Policy>)>) {
+        self.works_again(NETWORK_POLICY, matches!(event, Event::Init));
+        let mut policies = self.shared.policies.lock();
+        match event {
+            Event::Init => {
+                self.listing.insert(NETWORK_POLICY, HashSet::new());
+            }
+            Event::InitApply((name, policy)) | Event::Apply((name, policy)) => {
+                if let Some(seen) = self.listing.get_mut(NETWORK_POLICY) {
+                    seen.insert(name.clone());
+                }
+                if policies.get(&name) != policy.as_ref() {
+                    let policies = Arc::make_mut(&mut policies);
+                    match policy {
+                        Some(policy) => policies.insert(name, policy),
+                        None => policies.remove(&name),
+                    };
+                }
+            }
+            Event::InitDone => {
+                let listed = self.listing.remove(NETWORK_POLICY).unwrap_or_default();
+                if policies.keys().any(|name| !listed.contains(name)) {
+                    Arc::make_mut(&mut policies).retain(|name, _| listed.contains(name));
+                }
+            }
+            Event::Delete((name, _)) => {
+                if policies.contains_key(&name) {
+                    Arc::make_mut(&mut policies).remove(&name);
+                }
+            }
+        }
+    }
+
     fn take(&mut self, change: Change) {
         match change {
+            Change::Policy { event } => self.take_policy(event),
             Change::Object {
                 kind,
                 event,
@@ -402,6 +468,11 @@ impl Shared {
         Some(self.seen.lock().get(key)?.uid.clone())
     }
 
+    /// NetworkPolicies that may refuse a connection between pods; the same `Arc` until one changes.
+    pub fn policies(&self) -> Arc<Policies> {
+        self.policies.lock().clone()
+    }
+
     /// Changes with what is served, and with routes and policies.
     pub fn changes(&self) -> watch::Receiver<BTreeMap<&'static str, &'static str>> {
         self.served.subscribe()
@@ -434,6 +505,7 @@ fn map<A, B>(event: Event<A>, mut f: impl FnMut(A) -> B) -> Event<B> {
     }
 }
 
+const NETWORK_POLICY: &str = "NetworkPolicy";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_GATHERING: Duration = Duration::from_millis(300);

@@ -60,15 +60,10 @@ impl ApiServer {
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        for user in ["admin", "controller"] {
+        for user in ["admin", "controller", "editor"] {
             std::fs::write(dir.path().join(user), kubeconfig(user, port, &certificate)).unwrap();
         }
-        let kubeconfig = Kubeconfig::read_from(dir.path().join("admin")).unwrap();
-        let options = KubeConfigOptions::default();
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
-            .await
-            .unwrap();
-        let client = Client::try_from(config).unwrap();
+        let client = client(dir.path(), "admin").await;
         let server = Self {
             dir,
             client,
@@ -161,20 +156,24 @@ impl ApiServer {
         !matches!(answer, Ok(_) | Err(kube::Error::Api(_)))
     }
 
+    /// What a user of `tokens.csv` is answered.
+    pub(crate) async fn ask(
+        &self,
+        user: &str,
+        (method, path): (&str, &str),
+        body: Value,
+    ) -> Result<Value, kube::Error> {
+        let client = client(self.dir.path(), user).await;
+        request(&client, method, path, Some(&body)).await
+    }
+
     async fn request(
         &self,
         method: &str,
         path: &str,
         body: Option<&Value>,
     ) -> Result<Value, kube::Error> {
-        let kind = match method {
-            "PATCH" => "application/merge-patch+json",
-            _ => "application/json",
-        };
-        let body = body.map(|b| b.to_string().into_bytes()).unwrap_or_default();
-        let request = hyper::Request::builder().method(method).uri(path);
-        let request = request.header("content-type", kind).body(body).unwrap();
-        self.client.request(request).await
+        request(&self.client, method, path, body).await
     }
 
     async fn ready(&self) {
@@ -236,6 +235,29 @@ impl Drop for ApiServer {
             let _ = child.wait();
         }
     }
+}
+
+async fn client(dir: &Path, user: &str) -> Client {
+    let kubeconfig = Kubeconfig::read_from(dir.join(user)).unwrap();
+    let options = KubeConfigOptions::default();
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options);
+    Client::try_from(config.await.unwrap()).unwrap()
+}
+
+async fn request(
+    client: &Client,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Value, kube::Error> {
+    let kind = match method {
+        "PATCH" => "application/merge-patch+json",
+        _ => "application/json",
+    };
+    let body = body.map(|b| b.to_string().into_bytes()).unwrap_or_default();
+    let request = hyper::Request::builder().method(method).uri(path);
+    let request = request.header("content-type", kind).body(body).unwrap();
+    client.request(request).await
 }
 
 fn program(name: &str) -> Option<PathBuf> {
@@ -354,6 +376,7 @@ fn kubeconfig(user: &str, port: u16, certificate: &Path) -> String {
 
 const CONTROLLER_USER: &str = "system:serviceaccount:warren-system:warren-controller";
 const TOKENS: &str = "admin-token,admin,1,system:masters\n\
-    controller-token,system:serviceaccount:warren-system:warren-controller,2,system:serviceaccounts\n";
+    controller-token,system:serviceaccount:warren-system:warren-controller,2,system:serviceaccounts\n\
+    editor-token,editor,3,\n";
 /// The rights of the controller, and no more.
 const RBAC: &str = include_str!("rbac.yaml");

@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod admission;
 mod apiserver;
 #[allow(dead_code)]
 #[path = "../server/common.rs"]

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use crate::provider::route;
 use crate::servers;
+use crate::world::PODS;
 
 const GATEWAY: &str = "/apis/gateway.networking.k8s.io/v1/namespaces/demo/httproutes";
 const US: &str = "warren-mesh.io/controller";
@@ -190,5 +191,92 @@ async fn nodes_are_tainted_until_their_agent_is_ready() {
         .await
         .unwrap();
     server.until(node, tainted).await;
+    lab.controller.stop().await;
+}
+
+#[tokio::test]
+async fn policies_that_do_not_hold_in_the_mesh_are_named() {
+    let server = servers!();
+    server.populate().await;
+    let policies = "/apis/networking.k8s.io/v1/namespaces/demo/networkpolicies";
+    let policy = |name: &str, ingress: Value| {
+        json!({
+            "metadata": { "name": name },
+            "spec": {
+                "podSelector": { "matchExpressions": [{ "key": "app", "operator": "In", "values": ["web"] }] },
+                "policyTypes": ["Ingress"], "ingress": ingress,
+            },
+        })
+    };
+    let deny = server.post(policies, policy("deny", json!([]))).await;
+    server.post(policies, policy("open", json!([{}]))).await;
+    server.pod("demo", "web", "node-1", "web").await;
+    let lab = server.controller("a").await;
+    let named = |count: f64| {
+        let lab = &lab;
+        async move {
+            while lab.metric("warren_controller_network_policies ") != count {
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        }
+    };
+    server
+        .until(
+            "/apis/coordination.k8s.io/v1/namespaces/warren-system/leases/warren-controller",
+            |lease| lease["spec"]["holderIdentity"] == "a",
+        )
+        .await;
+    let events = "/apis/events.k8s.io/v1/namespaces/demo/events";
+    let of_policies = |list: &Value| -> Vec<Value> {
+        let all = list["items"].as_array().cloned().unwrap_or_default();
+        all.into_iter()
+            .filter(|event| event["regarding"]["kind"] == "NetworkPolicy")
+            .collect()
+    };
+    // It selects nobody before the pod has the label.
+    let label = |value: Value| json!({ "metadata": { "labels": { "app": value } } });
+    server
+        .patch(&format!("{PODS}/web"), label(json!("web")))
+        .await;
+    let told = server
+        .until(events, |list| !of_policies(list).is_empty())
+        .await;
+    let [event] = &of_policies(&told)[..] else {
+        panic!("{told:#}")
+    };
+    assert_eq!(event["reason"], "IngressNotEnforced", "{event}");
+    assert_eq!(event["regarding"]["uid"], deny["metadata"]["uid"]);
+    let note = event["note"].as_str().unwrap();
+    assert!(note.ends_with("that it selects: web."), "{note}");
+    crate::common::soon("the metric", named(1.0)).await;
+
+    // Another pod is no news.
+    server.pod("demo", "more", "node-1", "web").await;
+    server
+        .patch(&format!("{PODS}/more"), label(json!("web")))
+        .await;
+    // One that allows everything is, as soon as it does not.
+    let closed = json!({ "spec": policy("open", json!([]))["spec"] });
+    server.patch(&format!("{policies}/open"), closed).await;
+    let told = server
+        .until(events, |list| of_policies(list).len() > 1)
+        .await;
+    let told = of_policies(&told);
+    assert_eq!(told.len(), 2, "{told:#?}");
+    assert!(
+        told.iter().all(|event| event["series"].is_null()),
+        "{told:#?}"
+    );
+    assert!(
+        told.iter()
+            .any(|event| event["regarding"]["name"] == "open")
+    );
+
+    // It goes with the label and with the policy.
+    server.delete(&format!("{policies}/open")).await;
+    crate::common::soon("the metric", named(1.0)).await;
+    let off = json!({ "metadata": { "labels": { "warren-mesh.io/mesh": "disabled" } } });
+    server.patch("/api/v1/namespaces/demo", off).await;
+    crate::common::soon("the metric", named(0.0)).await;
     lab.controller.stop().await;
 }

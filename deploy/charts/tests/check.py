@@ -55,7 +55,13 @@ EVERYTHING = {
     "networkPolicy": {"enabled": True},
 }
 HA = yaml.safe_load((CHARTS / "warren/values-ha.yaml").read_text())
-VALUES = {"default": {}, "ha": HA, "everything": EVERYTHING, "no hook": {"uninstall": {"hook": False}}} | {
+VALUES = {
+    "default": {},
+    "ha": HA,
+    "everything": EVERYTHING,
+    "no hook": {"uninstall": {"hook": False}},
+    "no admission policy": {"admissionPolicy": {"enabled": False}},
+} | {
     f"platform {name}": {"platform": name} for name in PLATFORMS
 }
 
@@ -70,6 +76,7 @@ WRONG = {
     "nodeProxy/terminationGracePeriodSeconds": {"nodeProxy": {"terminationGracePeriodSeconds": 5}},
     "nodeproxy": {"nodeproxy": {}},
     "image/pullSecrets": {"image": {"pullSecrets": ["name"]}},
+    "admissionPolicy/enabled": {"admissionPolicy": {"enabled": "no"}},
 }
 
 AGENT_CAPABILITIES = {"SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE", "CHOWN", "FOWNER", "DAC_OVERRIDE"}
@@ -136,7 +143,7 @@ def promises(name, values, documents):
         kind, metadata = document["kind"], document["metadata"]
         where = f"{name}: {kind} {metadata['name']}"
         expect(metadata["labels"]["app.kubernetes.io/part-of"] == "warren", f"{where}: labels")
-        cluster = kind.startswith("Cluster")
+        cluster = kind.startswith(("Cluster", "ValidatingAdmission"))
         expect(metadata.get("namespace") == (None if cluster else "warren-system"), f"{where}: namespace")
         if values.get("commonLabels"):
             expect(metadata["labels"].get("team") == "net", f"{where}: common label")
@@ -159,6 +166,26 @@ def promises(name, values, documents):
             restricted(f"{name}: {job}", objects["Job", job])
     replicas = objects["Deployment", "warren-controller"]["spec"]["replicas"]
     expect((("PodDisruptionBudget", "warren-controller") in objects) == (replicas > 1), f"{name}: disruption budget")
+    admission(name, objects, wanted=name != "no admission policy")
+
+
+def admission(name, objects, wanted):
+    """Only the controller writes its records, and nobody else's pods ever suffer from that."""
+    policy = objects.get(("ValidatingAdmissionPolicy", "warren-enrolment-record"))
+    binding = objects.get(("ValidatingAdmissionPolicyBinding", "warren-enrolment-record"))
+    expect((policy is not None, binding is not None) == (wanted, wanted), f"{name}: admission policy")
+    if not wanted or not policy or not binding:
+        return
+    spec = policy["spec"]
+    expect(spec["failurePolicy"] == "Ignore", f"{name}: a broken admission policy stops pods")
+    [rule] = spec["matchConstraints"]["resourceRules"]
+    expect({"pods", "pods/status", "pods/binding"} <= set(rule["resources"]), f"{name}: admission: {rule['resources']}")
+    expect("DELETE" not in rule["operations"], f"{name}: admission: pods cannot be deleted")
+    account = objects["ServiceAccount", "warren-controller"]["metadata"]
+    user = f"'system:serviceaccount:{account['namespace']}:{account['name']}'"
+    expect(any(user in c["expression"] for c in spec["matchConditions"]), f"{name}: admission: not for {user}")
+    expect(binding["spec"]["policyName"] == policy["metadata"]["name"], f"{name}: admission: the binding's policy")
+    expect(binding["spec"]["validationActions"] == ["Deny"], f"{name}: admission: refuses nothing")
 
 
 def pod(where, document, objects):

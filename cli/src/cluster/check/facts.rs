@@ -5,6 +5,9 @@ use std::fmt::Debug;
 
 use futures::StreamExt;
 use futures::stream;
+use k8s_openapi::api::admissionregistration::v1::{
+    ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding,
+};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
@@ -35,6 +38,8 @@ pub(super) struct Facts {
     pub(super) pods: Vec<Pod>,
     pub(super) policies: Vec<NetworkPolicy>,
     pub(super) crds: Vec<CustomResourceDefinition>,
+    pub(super) admission: Option<ValidatingAdmissionPolicy>,
+    pub(super) admission_binding: Option<ValidatingAdmissionPolicyBinding>,
     /// `kube-system/cilium-config`.
     pub(super) cilium: Option<ConfigMap>,
     pub(super) trust_bundle: Option<ConfigMap>,
@@ -72,6 +77,8 @@ impl Facts {
             pods: all(client).await?,
             policies: all(client).await?,
             crds: all(client).await?,
+            admission: named(client, ADMISSION_POLICY).await?,
+            admission_binding: named(client, ADMISSION_POLICY).await?,
             cilium: one(client, ("kube-system", "cilium-config")).await?,
             trust_bundle: one(client, system("warren-trust-bundle")).await?,
             lease: one(client, system("warren-controller")).await?,
@@ -196,6 +203,15 @@ where
     }
 }
 
+async fn named<K>(client: &Client, name: &str) -> Result<Option<K>>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+{
+    let api: Api<K> = Api::all(client.clone());
+    let found = api.get_opt(name).await;
+    found.context(format!("{} {name} cannot be read", K::kind(&())))
+}
+
 async fn one<K>(client: &Client, (namespace, name): (&str, &str)) -> Result<Option<K>>
 where
     K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
@@ -218,6 +234,10 @@ async fn forbidden(client: &Client) -> Result<Vec<String>> {
         ("rbac.authorization.k8s.io", "clusterroles"),
         ("rbac.authorization.k8s.io", "clusterrolebindings"),
         ("apiextensions.k8s.io", "customresourcedefinitions"),
+        (
+            "admissionregistration.k8s.io",
+            "validatingadmissionpolicies",
+        ),
     ] {
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {
@@ -240,6 +260,8 @@ async fn forbidden(client: &Client) -> Result<Vec<String>> {
     Ok(forbidden)
 }
 
+/// Keeps everyone but the controller from writing what it records at pods; and its binding.
+pub(super) const ADMISSION_POLICY: &str = "warren-enrolment-record";
 /// Agents and proxies that are asked at once.
 const AT_ONCE: usize = 32;
 const PAGE: u32 = 500;

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use mesh_api::client::credentials::bundle_from_pem;
 use mesh_api::tls;
 
-use super::facts::{Facts, full_name, label, name};
+use super::facts::{ADMISSION_POLICY, Facts, full_name, label, name};
 use super::{Check, Finding};
 
 pub(super) const CHECKS: &[Check] = &[
@@ -15,6 +15,12 @@ pub(super) const CHECKS: &[Check] = &[
         expects: "the CRD of TrafficPolicy is there",
         hint: "install the chart warren-crds",
         look: crds,
+    },
+    Check {
+        id: "admission-policy",
+        expects: "only the controller may write what it records at pods",
+        hint: "install the chart warren with admissionPolicy.enabled; until then, who may change a pod can take it out of the mesh",
+        look: admission_policy,
     },
     Check {
         id: "controller-ready",
@@ -95,6 +101,12 @@ pub(super) const CHECKS: &[Check] = &[
         look: mistakes,
     },
     Check {
+        id: "routes-and-policies",
+        expects: "routes and policies are in force as they are written",
+        hint: "the condition's message says what to mend; `kubectl describe` shows it, too",
+        look: routes_and_policies,
+    },
+    Check {
         id: "versions",
         expects: "all parts are of one version",
         hint: "an upgrade is under way, or stuck: kubectl -n warren-system rollout status",
@@ -117,6 +129,31 @@ fn crds(facts: &Facts) -> Finding {
         true => Finding::Ok,
         false => Finding::Failed("trafficpolicies.warren-mesh.io is not there".into()),
     }
+}
+
+fn admission_policy(facts: &Facts) -> Finding {
+    let missing = |kind: &str| format!("there is no {kind} {ADMISSION_POLICY}");
+    let Some(policy) = &facts.admission else {
+        return Finding::Warning(missing("ValidatingAdmissionPolicy"));
+    };
+    let Some(binding) = &facts.admission_binding else {
+        return Finding::Warning(missing("ValidatingAdmissionPolicyBinding"));
+    };
+    let mut actions = binding.spec.validation_actions.iter();
+    if !actions.any(|action| action == "Deny") {
+        return Finding::Warning("its binding does not say Deny".into());
+    }
+    let checked = policy
+        .status
+        .as_ref()
+        .and_then(|s| s.type_checking.as_ref());
+    let warnings = checked.and_then(|checked| checked.expression_warnings.as_ref());
+    let broken = warnings.into_iter().flatten();
+    Finding::warning_for(
+        broken
+            .map(|w| format!("{}: {}", w.field_ref, w.warning))
+            .collect(),
+    )
 }
 
 fn controller_ready(facts: &Facts) -> Finding {
@@ -381,6 +418,36 @@ fn mistakes(facts: &Facts) -> Finding {
         Some(status) => Finding::failed_for(strings(&status["mistakes"])),
         None => Finding::Unknown("no controller answers /status".into()),
     }
+}
+
+/// Conditions that say that something is not as it was written.
+fn routes_and_policies(facts: &Facts) -> Finding {
+    let mut bad = Vec::new();
+    // That nobody answers is another check's to say.
+    let status = facts.status.clone().unwrap_or_default();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let objects = ["routes", "policies"].map(|list| status[list].as_array());
+    for object in objects.into_iter().flatten().flatten() {
+        let parents = object["parents"].as_array().into_iter().flatten();
+        for condition in parents.flat_map(|p| p["conditions"].as_array().into_iter().flatten()) {
+            let wanted = match condition["type"].as_str() {
+                Some("Accepted" | "ResolvedRefs") => "True",
+                _ => "False",
+            };
+            if condition["status"] != wanted {
+                bad.push(format!(
+                    "{} {}/{}: {}: {}",
+                    text(&object["kind"]),
+                    text(&object["namespace"]),
+                    text(&object["name"]),
+                    text(&condition["reason"]),
+                    text(&condition["message"])
+                ));
+            }
+        }
+    }
+    bad.dedup();
+    Finding::warning_for(bad)
 }
 
 fn versions(facts: &Facts) -> Finding {

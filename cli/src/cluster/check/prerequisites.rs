@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use mesh_api::names::{MESH_LABEL, MODE_LABEL, SYSTEM_NAMESPACE, TUNNEL_PORT};
+use warren_controller::providers::kubernetes::network::{Refuses, selects};
 
 use super::facts::{Facts, full_name, label, name, phase};
 use super::{Check, Finding};
@@ -89,8 +90,8 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         id: "network-policies",
-        expects: "no NetworkPolicy selects pods of the mesh",
-        hint: "the network sees the tunnel (port 15008 between nodes) instead of the app's ports; allow it, and see docs/operations.md",
+        expects: "NetworkPolicies hold for all traffic of the pods that they select",
+        hint: "they do not hold between pods of the mesh, only towards the outside: see docs/operations.md#networkpolicies",
         look: network_policies,
     },
 ];
@@ -286,54 +287,53 @@ fn opted_in(facts: &Facts, pod: &Pod) -> bool {
         && !["Succeeded", "Failed"].contains(&phase(pod))
 }
 
+fn is_on_host(pod: &Pod) -> bool {
+    let spec = pod.spec.as_ref();
+    spec.is_some_and(|spec| spec.host_network == Some(true))
+}
+
 fn host_network(facts: &Facts) -> Finding {
-    let on_host = |pod: &&Pod| {
-        pod.spec
-            .as_ref()
-            .is_some_and(|spec| spec.host_network == Some(true))
-    };
-    let pods = facts
-        .pods
-        .iter()
-        .filter(on_host)
+    let pods = (facts.pods.iter())
+        .filter(|pod| is_on_host(pod))
         .filter(|pod| opted_in(facts, pod));
     Finding::warning_for(pods.map(full_name).collect())
 }
 
 fn network_policies(facts: &Facts) -> Finding {
-    let touched = (facts.policies.iter()).filter(|policy| {
-        let selector = policy
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.pod_selector.clone())
-            .unwrap_or_default();
-        facts.pods.iter().any(|pod| {
+    let changed = (facts.policies.iter()).filter_map(|policy| {
+        let spec = policy.spec.clone().unwrap_or_default();
+        let directions = match Refuses::of(&spec) {
+            Refuses {
+                ingress: false,
+                egress: false,
+            } => return None,
+            Refuses {
+                ingress: true,
+                egress: false,
+            } => "ingress",
+            Refuses {
+                ingress: false,
+                egress: true,
+            } => "egress",
+            _ => "ingress and egress",
+        };
+        let selector = spec.pod_selector.unwrap_or_default();
+        let selected = (facts.pods.iter()).filter(|pod| {
             pod.metadata.namespace == policy.metadata.namespace
+                && !is_on_host(pod)
                 && opted_in(facts, pod)
-                && selects(&selector, pod)
+                && selects(&selector, pod.metadata.labels.as_ref())
+        });
+        let pods: Vec<&str> = selected.map(name).collect();
+        let first = pods[..pods.len().min(3)].join(", ");
+        let more = if pods.len() > 3 { ", ..." } else { "" };
+        (!pods.is_empty()).then(|| {
+            let count = pods.len();
+            format!(
+                "{}: {directions} of {count} pods: {first}{more}",
+                full_name(policy)
+            )
         })
     });
-    Finding::warning_for(touched.map(full_name).collect())
-}
-
-fn selects(
-    selector: &k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector,
-    pod: &Pod,
-) -> bool {
-    let equal =
-        (selector.match_labels.iter().flatten()).all(|(key, value)| label(pod, key) == Some(value));
-    equal
-        && (selector.match_expressions.iter().flatten()).all(|expression| {
-            let value = label(pod, &expression.key);
-            let among = || {
-                let values = expression.values.iter().flatten();
-                value.is_some_and(|value| values.into_iter().any(|other| other == value))
-            };
-            match expression.operator.as_str() {
-                "In" => among(),
-                "NotIn" => !among(),
-                "Exists" => value.is_some(),
-                _ => value.is_none(),
-            }
-        })
+    Finding::warning_for(changed.collect())
 }

@@ -107,6 +107,8 @@ fn healthy() -> Facts {
             object(crd("trafficpolicies.warren-mesh.io", "")),
             object(crd("httproutes.gateway.networking.k8s.io", "v1.6.1")),
         ],
+        admission: Some(object(json!({"spec": {}}))),
+        admission_binding: Some(object(json!({"spec": {"validationActions": ["Deny"]}}))),
         cilium: None,
         trust_bundle: Some(object(bundle(365))),
         lease: Some(object(json!({"spec": {
@@ -219,14 +221,38 @@ const FAULTS: &[(&str, &str, Fault)] = &[
         pod["spec"]["hostNetwork"] = true.into();
         f.pods.push(object(pod));
     }),
-    ("network-policies", "demo/deny", |f| {
-        f.policies.push(object(json!({
+    (
+        "network-policies",
+        "demo/deny: ingress of 1 pods: web",
+        |f| {
+            // One that refuses nothing is not named.
+            f.policies.push(object(json!({
+            "metadata": {"namespace": "demo", "name": "open"}, "spec": {"podSelector": {}, "ingress": [{}]},
+        })));
+            f.policies.push(object(json!({
             "metadata": {"namespace": "demo", "name": "deny"},
             "spec": {"podSelector": {"matchExpressions": [{"key": "app", "operator": "In", "values": ["web"]}]}},
         })));
-    }),
+        },
+    ),
     ("crds", "trafficpolicies", |f| {
         f.crds.retain(|crd| !facts::name(crd).contains("warren"))
+    }),
+    ("admission-policy", "no ValidatingAdmissionPolicy ", |f| {
+        f.admission = None
+    }),
+    ("admission-policy", "PolicyBinding", |f| {
+        f.admission_binding = None
+    }),
+    ("admission-policy", "does not say Deny", |f| {
+        f.admission_binding = Some(object(json!({"spec": {"validationActions": ["Audit"]}})));
+    }),
+    ("admission-policy", "spec.matchConditions[0]", |f| {
+        f.admission = Some(object(
+            json!({"spec": {}, "status": {"typeChecking": {"expressionWarnings": [
+                {"fieldRef": "spec.matchConditions[0].expression", "warning": "undefined field"},
+            ]}}}),
+        ));
     }),
     ("controller-ready", "none of 1", |f| {
         f.controller
@@ -295,6 +321,27 @@ const FAULTS: &[(&str, &str, Fault)] = &[
         f.status = Some(json!({"mistakes": ["HTTPRoute demo/web: x"]}))
     }),
     ("mistakes", "no controller answers", |f| f.status = None),
+    (
+        "routes-and-policies",
+        "HTTPRoute demo/r: BackendNotFound: no Service x",
+        |f| {
+            let conditions = json!([
+                {"type": "Accepted", "status": "True", "reason": "Accepted", "message": ""},
+                {"type": "ResolvedRefs", "status": "False", "reason": "BackendNotFound", "message": "no Service x"},
+            ]);
+            let route = json!({"kind": "HTTPRoute", "namespace": "demo", "name": "r", "parents": [{"conditions": conditions}]});
+            f.status = Some(json!({"mistakes": [], "routes": [route]}));
+        },
+    ),
+    (
+        "routes-and-policies",
+        "TrafficPolicy demo/p: Conflicted",
+        |f| {
+            let conditions = json!([{"type": "Conflicted", "status": "True", "reason": "Conflicted", "message": "with demo/o"}]);
+            let policy = json!({"kind": "TrafficPolicy", "namespace": "demo", "name": "p", "parents": [{"conditions": conditions}]});
+            f.status = Some(json!({"mistakes": [], "policies": [policy]}));
+        },
+    ),
     ("versions", "warren-cni: 0.2.0", |f| {
         let mut pod = part("warren-cni", "b");
         pod["metadata"]["labels"]["app.kubernetes.io/version"] = "0.2.0".into();

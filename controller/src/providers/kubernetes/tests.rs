@@ -95,7 +95,7 @@ fn pod(name: &str, version: u64) -> Value {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "name": name, "namespace": "demo", "uid": name, "resourceVersion": version.to_string(),
-            "labels": { "app": "x", "warren-mesh.io/mesh": "enabled" }, "managedFields": [{}],
+            "labels": { "app": "x" }, "annotations": { "a": "b", "warren-mesh.io/enrolled": "{}" }, "managedFields": [{}],
         },
         "spec": {
             "nodeName": "node-1", "serviceAccountName": "web",
@@ -149,7 +149,8 @@ async fn what_is_not_used_is_not_kept_and_wakes_nobody() {
     let (objects, version) = reader.listed().await;
     assert_eq!(version, 5);
     let kept = &objects.pods[&("demo".to_owned(), "a".to_owned())];
-    assert_eq!(kept.metadata.labels.as_ref().unwrap().len(), 1);
+    assert_eq!(kept.metadata.annotations.as_ref().unwrap().len(), 1);
+    assert_eq!(kept.metadata.labels.as_ref().unwrap()["app"], "x");
     assert!(kept.metadata.managed_fields.is_none());
     let spec = kept.spec.as_ref().unwrap();
     assert!(spec.containers[0].image.is_none() && spec.containers[0].env.is_none());
@@ -314,4 +315,67 @@ async fn an_object_that_cannot_be_read_leaves_its_last_good_version() {
         .event("httproutes", "DELETED", route("bad", Value::Null))
         .await;
     until(&mut reader, |r| r.shared().mistakes().len() == 1).await;
+}
+
+fn network_policy(name: &str, ingress: Value) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": { "name": name, "namespace": "demo", "uid": name, "resourceVersion": "4", "managedFields": [{}] },
+        "spec": { "podSelector": { "matchLabels": { "app": "x" } }, "policyTypes": ["Ingress"], "ingress": ingress },
+    })
+}
+
+#[tokio::test]
+async fn policies_are_kept_as_far_as_they_refuse_and_nothing_waits_for_them() {
+    let cluster = Cluster::default();
+    let (open, closed) = (json!([{}]), json!([]));
+    let items = [
+        network_policy("deny", closed.clone()),
+        network_policy("open", open.clone()),
+    ];
+    cluster.set("networkpolicies", &items);
+    let mut reader = cluster.reader();
+    assert!(!reader.waiting.contains("NetworkPolicy"));
+    let names = |reader: &Reader| -> Vec<String> {
+        let policies = reader.shared().policies();
+        policies.keys().map(|(_, name)| name.clone()).collect()
+    };
+    until(&mut reader, |r| names(r) == ["deny"]).await;
+    is_watched(&mut reader, &cluster, "networkpolicies").await;
+    let before = reader.shared().policies();
+    cluster
+        .event(
+            "networkpolicies",
+            "MODIFIED",
+            network_policy("open", closed.clone()),
+        )
+        .await;
+    until(&mut reader, |r| names(r) == ["deny", "open"]).await;
+    assert!(!Arc::ptr_eq(&before, &reader.shared().policies()));
+    cluster
+        .event("networkpolicies", "MODIFIED", network_policy("open", open))
+        .await;
+    until(&mut reader, |r| names(r) == ["deny"]).await;
+    cluster
+        .event(
+            "networkpolicies",
+            "DELETED",
+            network_policy("deny", closed.clone()),
+        )
+        .await;
+    until(&mut reader, |r| names(r).is_empty()).await;
+
+    // What went away while nobody looked.
+    cluster
+        .event(
+            "networkpolicies",
+            "ADDED",
+            network_policy("deny", closed.clone()),
+        )
+        .await;
+    until(&mut reader, |r| names(r) == ["deny"]).await;
+    cluster.set("networkpolicies", &[network_policy("other", closed)]);
+    cluster.0.lock().expired.insert("networkpolicies".into());
+    cluster.hang_up("networkpolicies");
+    until(&mut reader, |r| names(r) == ["other"]).await;
 }

@@ -57,11 +57,13 @@ pub(super) fn pod(object: k8s::Pod) -> Object {
         controller.retain(|o| o.controller == Some(true));
         controller
     });
-    let kept = |key: &str| is_ours(key) || key == "pod-template-hash";
+    // NetworkPolicies select by any label.
+    let labels = object.metadata.labels.clone();
     Object::Pod(Arc::new(k8s::Pod {
         metadata: ObjectMeta {
             owner_references: owners,
-            ..metadata(object.metadata, kept)
+            labels,
+            ..metadata(object.metadata, is_ours)
         },
         spec,
         status,
