@@ -38,10 +38,11 @@ test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
 	cargo build --release --workspace --bins
 	scripts/run-tests.sh
 
-test-long: ## soaks, scale and the whole bench (root; an hour or two on an idle machine)
-	@scripts/install-deps.sh build lab test bench
+test-long: ## soaks, scale, outages on Kubernetes, the whole bench (root; an hour or two on an idle machine)
+	@scripts/install-deps.sh build lab test bench kube
 	cargo build --release --workspace --bins
 	WARREN_TEST_LONG=1 cargo test --release -p warren-tests -- --test-threads=1
+	tests/kube/run-tests long
 	$(MAKE) bench
 
 test-kube: ## on a real Kubernetes cluster of this machine (root; the first time 15 minutes to build it)

@@ -138,6 +138,12 @@ fn new_connections_of_a_meshed_pod_are_captured_and_delivered_transparently() {
                 );
                 assert!(udp_echoes(&web, SocketAddr::new(*client_address, 53)));
                 assert!(udp_echoes(&client, SocketAddr::new(*web_address, 53)));
+                // Nobody listens: refused in the pod itself, where a TCP probe hears it.
+                let closed = Call::open(&client, SocketAddr::new(*web_address, 8088));
+                assert_eq!(
+                    closed.err().unwrap().kind(),
+                    std::io::ErrorKind::ConnectionRefused
+                );
                 // Nor a tunnel: nobody accepts on it yet, but the listener is there.
                 let hbone = SocketAddr::new(*web_address, 15008);
                 let _ = Call::open(&client, hbone);

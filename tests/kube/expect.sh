@@ -17,11 +17,13 @@ expect() {
   fi
 }
 
-# soon COMMAND...: succeeds within a minute
+# soon COMMAND...: succeeds within a minute, or `patience` seconds. Each attempt is like one of `expect`.
 soon() {
-  local deadline=$((SECONDS + 60))
-  until "$@" >"$dir/soon" 2>&1; do
-    ((SECONDS < deadline)) || { echo "not within a minute: $*"; cat "$dir/soon"; return 1; }
+  local deadline=$((SECONDS + ${patience:-60}))
+  while :; do
+    ("$@") >"$dir/soon" 2>&1 &
+    if wait $!; then return; fi
+    ((SECONDS < deadline)) || { echo "not in time: $*"; cat "$dir/soon"; return 1; }
     sleep 0.2
   done
 }

@@ -9,6 +9,9 @@
 //!   of a connection that was open before would be translated, and the connection reset.
 //! - Inbound is what is addressed to the pod itself. What it forwards (containers inside the pod) is not, and
 //!   a neighbour's packet for a foreign address must not become a connection of the proxy.
+//! - A connection to a port that nobody listens on is refused, as without a mesh: the listener it would be redirected to
+//!   accepts before anyone can ask the app, and a TCP probe of a dead app would pass. Refused, and not let
+//!   through: the app may begin to listen just then.
 //! - Deleting the last translating rule of a namespace takes connection tracking away from it and cuts
 //!   the connections that are being redirected. On un-enrolment the rules are first swapped for ones
 //!   that match nothing ([`Ruleset::released`]) and removed when the last of them has ended.
@@ -71,30 +74,39 @@ impl Ruleset {
     fn with_translation(mark: MeshMark, exclusions: Option<&Exclusions>) -> Self {
         let mark = format!("{:#010x}", mark.0);
         let first = "tcp flags & (syn | ack | rst | fin) == syn";
-        let (outbound, inbound) = match exclusions {
-            Some(exclusions) => (
-                format!(
-                    "meta mark {mark} return\n\
-                     oifname \"lo\" return\n\
-                     fib daddr type local return\n\
-                     {}{}{first} redirect to :{OUTBOUND_PORT}\n",
-                    exclusions.destinations(),
-                    ports(&exclusions.outbound),
-                ),
-                format!(
+        let (outbound, inbound, closed) = match exclusions {
+            Some(exclusions) => {
+                let to_the_pod = format!(
                     "iifname \"lo\" return\n\
                      meta mark {mark} return\n\
                      fib daddr type != local return\n\
-                     {}{first} redirect to :{INBOUND_PORT}\n",
+                     {}",
                     ports(&exclusions.inbound),
-                ),
-            ),
+                );
+                (
+                    format!(
+                        "meta mark {mark} return\n\
+                         oifname \"lo\" return\n\
+                         fib daddr type local return\n\
+                         {}{}{first} redirect to :{OUTBOUND_PORT}\n",
+                        exclusions.destinations(),
+                        ports(&exclusions.outbound),
+                    ),
+                    format!("{to_the_pod}{first} redirect to :{INBOUND_PORT}\n"),
+                    // `wildcard` is 0 or 1 where a socket is found.
+                    format!(
+                        "{to_the_pod}{first} socket wildcard <= 1 return\n\
+                         {first} reject with tcp reset\n"
+                    ),
+                )
+            }
             None => {
                 // A mark is never two values at once.
                 let never = "meta mark 0x00000001 meta mark 0x00000002 tcp dport 1";
                 (
                     format!("{never} redirect to :{OUTBOUND_PORT}\n"),
                     format!("{never} redirect to :{INBOUND_PORT}\n"),
+                    String::new(),
                 )
             }
         };
@@ -105,6 +117,7 @@ impl Ruleset {
              table {TABLE} {{\n\
              chain outbound {{\ntype nat hook output priority -100; policy accept;\n{outbound}}}\n\
              chain inbound {{\ntype nat hook prerouting priority -100; policy accept;\n{inbound}}}\n\
+             chain closed {{\ntype filter hook prerouting priority -110; policy accept;\n{closed}}}\n\
              chain zone {{\ntype filter hook output priority -300; policy accept;\n\
              meta mark {mark} tcp sport != {{ {OUTBOUND_PORT}, {INBOUND_PORT}, {TUNNEL_PORT} }} \
              fib daddr type local ct original zone set {ZONE}\n}}\n\
