@@ -172,6 +172,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         captured,
         rates: _,
         turns: _,
+        served: _,
     } = pod;
     let PodInfo {
         namespace,

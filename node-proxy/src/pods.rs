@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
@@ -48,6 +48,8 @@ pub struct Pod {
     pub rates: Rates,
     /// Its connections take turns with those of others.
     pub turns: Arc<Turns>,
+    /// It is to be found by its addresses. It may have none yet: the controller speaks of a pod before its agent does.
+    pub served: AtomicBool,
 }
 
 /// What the controller says of a pod of this node.
@@ -239,6 +241,7 @@ impl Pod {
             captured: Captured::default(),
             rates: Rates::default(),
             turns: Arc::default(),
+            served: AtomicBool::default(),
             info: ArcSwap::from_pointee(info),
         })
     }
@@ -306,6 +309,7 @@ impl Pods {
 
     /// Makes it known by its addresses.
     pub(crate) fn serve(&self, pod: &Arc<Pod>) {
+        pod.served.store(true, Ordering::Release);
         for address in &pod.info.load().addresses {
             self.by_address.insert(*address, Arc::clone(pod));
         }
@@ -314,11 +318,9 @@ impl Pods {
     /// Replaces what is known of the pod.
     pub(crate) fn update(&self, pod: &Arc<Pod>, info: PodInfo) {
         let old = pod.info.load_full();
-        let served = |a: &IpAddr| self.by_address.get(a).is_some_and(|p| Arc::ptr_eq(&p, pod));
-        let was_served = old.addresses.iter().any(served);
         pod.stock.set_has_v6(info.has_v6());
         pod.info.store(Arc::new(info));
-        if was_served {
+        if pod.served.load(Ordering::Acquire) {
             self.serve(pod);
             let new = pod.info.load();
             self.unserve(
@@ -330,6 +332,7 @@ impl Pods {
 
     /// Forgets the pod; connections that hold it live on.
     pub(crate) fn remove(&self, pod: &Arc<Pod>) {
+        pod.served.store(false, Ordering::Release);
         self.unserve(pod, pod.info.load().addresses.iter());
         self.by_uid.remove_if(&pod.uid, |_, p| Arc::ptr_eq(p, pod));
     }

@@ -586,6 +586,29 @@ async fn a_pod_that_comes_back_keeps_its_account_and_is_not_reported() {
 }
 
 #[tokio::test]
+async fn a_pod_is_found_by_addresses_that_are_told_of_after_it() {
+    let proxy = Proxy::able();
+    let pod = Listeners::pod("one");
+    let mut agent = proxy.agent_with(&[]).await;
+    let to_proxy::Body::AddPod(mut early) = pod.as_pod() else {
+        unreachable!("as_pod makes no other")
+    };
+    early.pod.as_mut().unwrap().addresses.clear();
+    let early = to_proxy::Body::AddPod(early);
+    let add = agent.send(early, &pod.sockets).await;
+    assert_eq!(agent.answer_to(add).await, "");
+    let pods = &proxy.broker.roster.parts.pods;
+    let address = "10.0.0.1".parse().unwrap();
+    assert!(pods.by_address(address).is_none());
+    let update = agent.send(without_listeners(pod.as_pod()), &[]).await;
+    assert_eq!(agent.answer_to(update).await, "");
+    assert!(pods.by_address(address).is_some());
+    agent.send(remove("one"), &[]).await;
+    assert_eq!(agent.drained().await, "one");
+    assert!(pods.by_address(address).is_none());
+}
+
+#[tokio::test]
 async fn pods_that_a_snapshot_does_not_name_leave() {
     let proxy = Proxy::able();
     let (one, two) = (Listeners::pod("one"), Listeners::pod("two"));
