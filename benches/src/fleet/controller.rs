@@ -44,7 +44,7 @@ impl Controller {
             let path = directory.join(name);
             fs::write(&path, text).map_err(io(format!("write {}", path.display())))
         };
-        for below in ["state", "tokens"] {
+        for below in ["ca", "state", "tokens"] {
             let path = directory.join(below);
             fs::create_dir_all(&path).map_err(io(format!("make {}", path.display())))?;
         }
