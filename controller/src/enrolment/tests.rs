@@ -113,7 +113,7 @@ impl World {
 fn a_report_is_news_when_a_pod_may_move_or_has_failed() {
     let mut world = World::new();
     world.settle();
-    let mut is_news = |world: &mut World, state| {
+    let is_news = |world: &mut World, state| {
         world.report(state);
         world.news
     };
