@@ -55,7 +55,7 @@ bench: ## side by side: direct, Warren, Envoy; then bench-fleet; tables on the s
 	target/dist/warren-bench run $(BENCH_ARGS)
 	target/dist/warren-bench fleet $(FLEET_ARGS)
 
-bench-fleet: ## the controller with 1,000 nodes and 50,000 pods, for some minutes; narrow it with FLEET_ARGS
+bench-fleet: ## the controller with 1,000 nodes and 50,000 pods, for minutes; narrow it with FLEET_ARGS
 	@scripts/install-deps.sh build
 	cargo build --release -p warren-controller -p warren-benches
 	target/release/warren-bench fleet $(FLEET_ARGS)
