@@ -50,10 +50,16 @@ test-kube: ## on a real Kubernetes cluster of this machine (root; the first time
 	cargo build --release $(PROGRAMS)
 	tests/kube/run-tests
 
-bench: ## side by side: direct, Warren, Envoy; table on the screen, JSON in target/bench/ (root)
+bench: ## side by side: direct, Warren, Envoy; then bench-fleet; tables on the screen, JSON in target/bench/ (root)
 	@scripts/install-deps.sh build lab bench
 	cargo build --profile dist $(PROGRAMS)
 	target/dist/warren-bench run $(BENCH_ARGS)
+	target/dist/warren-bench fleet $(FLEET_ARGS)
+
+bench-fleet: ## the controller with 1,000 nodes and 50,000 pods, for minutes; narrow it with FLEET_ARGS
+	@scripts/install-deps.sh build
+	cargo build --release -p warren-controller -p warren-benches
+	target/release/warren-bench fleet $(FLEET_ARGS)
 
 bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
 	@scripts/install-deps.sh build
@@ -64,6 +70,7 @@ bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
 	cargo build --release $(PROGRAMS)
 	cargo test --release -p warren-benches --benches
 	target/release/warren-bench run --smoke
+	target/release/warren-bench fleet --smoke
 
 charts: ## the Helm charts: lint, every document against the Kubernetes schemas, what they promise
 	@scripts/install-deps.sh build charts
@@ -88,4 +95,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-micro bench-smoke charts fuzz fuzz-smoke deny doc
+.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-fleet bench-micro bench-smoke charts fuzz fuzz-smoke deny doc

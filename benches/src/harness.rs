@@ -10,7 +10,7 @@ mod arm;
 mod envoy;
 mod measure;
 mod netns;
-mod process;
+pub(crate) mod process;
 mod report;
 mod warren;
 
@@ -23,6 +23,7 @@ use arm::ROUTES;
 
 pub use arm::ArmName;
 pub use report::Report;
+pub(crate) use report::machine;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -129,7 +130,7 @@ fn plans(options: &Options) -> Vec<Plan> {
 }
 
 /// For `map_err`: says what was tried.
-fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
     let what = what.into();
     |source| Error::Io { what, source }
 }

@@ -25,7 +25,7 @@ mod peers;
 mod recording;
 mod store;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ use mesh_api::proto::mesh::EnrolmentState;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-pub use fleet::{Fleet, LEASE, Progress, StreamId};
+pub use fleet::{Fleet, Known, LEASE, Progress, StreamId};
 pub use peers::{Peer, Peers};
 pub use recording::{Recorded, Recording, Write};
 pub(crate) use store::replace;
@@ -167,12 +167,20 @@ pub enum RegisterError {
 #[derive(Debug, Default)]
 pub struct Enrolment {
     records: BTreeMap<Arc<str>, Record>,
+    /// The UIDs of each node's records.
+    of_node: BTreeMap<String, BTreeSet<Arc<str>>>,
+    /// A pod was in a phase that ends with acknowledgements when all were looked at last.
+    awaits_acks: bool,
 }
 
 impl Enrolment {
     /// Takes up where an earlier process stopped.
     pub fn restore(stored: &Stored) -> Self {
-        let records = stored.pods.iter().map(|(uid, pod)| {
+        let mut enrolment = Self {
+            awaits_acks: true,
+            ..Self::default()
+        };
+        for (uid, pod) in &stored.pods {
             let record = Record {
                 node: pod.node.clone(),
                 addresses: pod.addresses.clone(),
@@ -183,11 +191,9 @@ impl Enrolment {
                 ready: false,
                 gone: false,
             };
-            (Arc::from(uid.as_str()), record)
-        });
-        Self {
-            records: records.collect(),
+            enrolment.insert(uid.as_str().into(), record);
         }
+        enrolment
     }
 
     /// What must survive the process.
@@ -217,8 +223,7 @@ impl Enrolment {
 
     /// Whether an acknowledgement could move a pod.
     pub fn awaits_acks(&self) -> bool {
-        let mut phases = self.records.values().map(|r| r.phase);
-        phases.any(|p| matches!(p, Phase::Tunnel | Phase::Leaving))
+        self.awaits_acks
     }
 
     /// Records the addresses of a pod of `node`. A later registration of an address on the same node
@@ -237,10 +242,7 @@ impl Enrolment {
                 record.addresses.retain(|a| !addresses.contains(a));
             }
         }
-        let record = (self.records)
-            .entry(pod.uid.clone())
-            .or_insert_with(|| Record::new(&pod.node));
-        record.addresses = addresses;
+        self.record_of(pod).addresses = addresses;
         Ok(())
     }
 
@@ -282,8 +284,14 @@ impl Enrolment {
         Ok(pod)
     }
 
-    /// Takes a node's report. Returns the UIDs it named that are not pods of that node.
-    pub fn report(&mut self, node: &str, report: &NodeReport, fleet: &Fleet) -> Vec<String> {
+    /// Takes a node's report. Returns whether a pod may move because of it, or another has failed, and the UIDs it
+    /// named that are not pods of that node.
+    pub fn report(
+        &mut self,
+        node: &str,
+        report: &NodeReport,
+        fleet: &Fleet,
+    ) -> (bool, Vec<String>) {
         let mut named = BTreeMap::new();
         let mut strangers = Vec::new();
         for pod in &report.pods {
@@ -294,10 +302,12 @@ impl Enrolment {
                 _ => strangers.push(pod.uid.clone()),
             }
         }
-        for (uid, record) in &mut self.records {
-            if record.node != node {
+        let mut news = false;
+        for uid in self.of_node.get(node).into_iter().flatten() {
+            let Some(record) = self.records.get_mut(uid) else {
                 continue;
-            }
+            };
+            let before = (record.failure.take(), record.ready, record.gone);
             let pod = named.get(&**uid);
             let state = pod.map(|p| p.state());
             record.failure = pod
@@ -308,42 +318,87 @@ impl Enrolment {
             record.ready =
                 state == Some(PodState::Ready) && (knows || record.phase != Phase::Rejoining);
             record.gone = state.is_none() && knows;
+            news |= before.0 != record.failure
+                || match record.phase {
+                    Phase::Wanted | Phase::Rejoining => before.1 != record.ready,
+                    Phase::Withdrawn => before.2 != record.gone,
+                    // What a report says of the others moves none of them.
+                    Phase::Off | Phase::Tunnel | Phase::Enforced | Phase::Leaving => false,
+                };
         }
-        strangers
+        (news, strangers)
     }
 
     /// Moves every pod one step as far as the model, the reports and the acknowledgements allow. `seq` is
     /// the number of the snapshot that will publish the result. True: something moved.
     pub fn step(&mut self, model: &Model, fleet: &Fleet, seq: u64, now: Instant) -> bool {
         let mut moved = self.follow(model);
-        for (uid, pod) in &model.pods {
-            let record = self.record_of(pod);
-            let next = record.next(pod, || fleet.all_acked(uid, record.since, now));
+        let known = fleet.known(now);
+        let mut awaits_acks = false;
+        for (uid, pod, record) in self.with_pods(model) {
+            let all_know = || known.as_ref().is_some_and(|k| k.hold(uid, record.since));
+            let next = record.next(pod, all_know);
             if next != record.phase {
                 record.enter(pod, next, seq);
                 moved = true;
             }
+            awaits_acks |= record.awaits_acks();
         }
+        self.awaits_acks = awaits_acks;
         moved
     }
 
-    /// Forgets the pods that are gone. True: there were some.
+    /// Forgets the pods that are gone, and takes in new ones. True: some are gone.
     fn follow(&mut self, model: &Model) -> bool {
+        let mut pairs = self.records.iter().zip(&model.pods);
+        let same = self.records.len() == model.pods.len()
+            && pairs.all(|((uid, record), (other, pod))| uid == other && record.node == pod.node);
+        if same {
+            return false;
+        }
         let before = self.records.len();
         self.records.retain(|uid, record| {
             let bound = model.pods.get(uid).is_some_and(|p| p.node == record.node);
             if !bound {
                 tracing::info!(uid = %uid, node = record.node, "pod is gone");
+                if let Some(uids) = self.of_node.get_mut(&record.node) {
+                    uids.remove(uid);
+                    if uids.is_empty() {
+                        self.of_node.remove(&record.node);
+                    }
+                }
             }
             bound
         });
-        self.records.len() != before
+        let gone = self.records.len() != before;
+        for pod in model.pods.values() {
+            self.record_of(pod);
+        }
+        gone
+    }
+
+    /// Every pod with its record, once they [follow](Self::follow) the model: without looking each of them up.
+    fn with_pods<'a>(
+        &'a mut self,
+        model: &'a Model,
+    ) -> impl Iterator<Item = (&'a Arc<str>, &'a Arc<Pod>, &'a mut Record)> {
+        let pairs = self.records.values_mut().zip(&model.pods);
+        pairs.map(|(record, (uid, pod))| (uid, pod, record))
     }
 
     fn record_of(&mut self, pod: &Pod) -> &mut Record {
+        if !self.records.contains_key(&pod.uid) {
+            self.insert(pod.uid.clone(), Record::new(&pod.node));
+        }
         (self.records)
             .entry(pod.uid.clone())
             .or_insert_with(|| Record::new(&pod.node))
+    }
+
+    fn insert(&mut self, uid: Arc<str>, record: Record) {
+        let of_node = self.of_node.entry(record.node.clone()).or_default();
+        of_node.insert(uid.clone());
+        self.records.insert(uid, record);
     }
 }
 
@@ -359,6 +414,10 @@ impl Record {
             ready: false,
             gone: false,
         }
+    }
+
+    fn awaits_acks(&self) -> bool {
+        matches!(self.phase, Phase::Tunnel | Phase::Leaving)
     }
 
     fn enter(&mut self, pod: &Pod, phase: Phase, seq: u64) {

@@ -26,7 +26,7 @@ use crate::enrolment::{
 use crate::metrics::{Metrics, NodeLabel, PhaseLabel, Role, Type};
 use crate::model::{self, Condition, Model, ObjectStatus, Settings};
 use crate::providers::Objects;
-use crate::resources::{self, Snapshot};
+use crate::resources::{self, Builder, Snapshot};
 
 /// The state of the control plane. Shared behind an `Arc`.
 #[derive(Debug)]
@@ -53,6 +53,9 @@ struct Core {
     /// The snapshot that told the nodes of it.
     bundle_since: u64,
     snapshot: Arc<Snapshot>,
+    builder: Builder,
+    /// The newest snapshot that a report of a node may have caused, by node.
+    caused: HashMap<String, u64>,
     warnings: Vec<String>,
     /// Something that must survive the process is not on disk yet.
     unwritten: bool,
@@ -126,6 +129,8 @@ impl Hub {
             bundle,
             bundle_since: 1,
             snapshot: Arc::default(),
+            builder: Builder::default(),
+            caused: HashMap::new(),
             warnings: Vec::new(),
             unwritten: true,
         };
@@ -164,7 +169,7 @@ impl Hub {
     /// The users' objects changed.
     pub fn set_objects(&self, objects: Objects) {
         let mut core = self.core.lock();
-        if core.objects == objects {
+        if same(&core.objects, &objects) {
             return;
         }
         let old = (&core.objects, &*core.model);
@@ -263,20 +268,24 @@ impl Hub {
             let Core {
                 enrolment, fleet, ..
             } = &mut *core;
-            for uid in enrolment.report(node, report, fleet) {
+            let (news, strangers) = enrolment.report(node, report, fleet);
+            for uid in strangers {
                 tracing::debug!(
                     node,
                     uid,
                     "report names a pod that is not bound to the node"
                 );
             }
-            let failed = enrolment
-                .records()
-                .filter(|(_, r)| r.failure.is_some())
-                .count();
-            self.metrics.enrolment_failures.set(failed as i64);
-            self.advance(&mut core, false);
-            core.snapshot.seq
+            // Nearly all reports repeat the one before, and there are many.
+            if news {
+                let records = enrolment.records();
+                let failed = records.filter(|(_, r)| r.failure.is_some()).count();
+                self.metrics.enrolment_failures.set(failed as i64);
+                self.advance(&mut core, false);
+                let seq = core.snapshot.seq;
+                core.caused.insert(node.into(), seq);
+            }
+            core.caused.get(node).copied().unwrap_or(0)
         };
         let handed = self.when(|core| core.fleet.all_handed(seq).then_some(()));
         if tokio::time::timeout(HAND_OUT_WAIT, handed).await.is_err() {
@@ -291,11 +300,11 @@ impl Hub {
     /// Takes a new stream into account until the guard is dropped.
     pub fn open_stream(self: &Arc<Self>, node: &str, role: NodeRole) -> StreamGuard {
         let mut core = self.core.lock();
+        // One more to wait for moves no pod; the clock writes down that there is another node.
         let id = core.fleet.open(node, role, Instant::now());
         core.unwritten = true;
         let gauge = self.metrics.streams.get_or_create_owned(&role_label(role));
         gauge.inc();
-        self.advance(&mut core, false);
         StreamGuard {
             hub: self.clone(),
             id,
@@ -358,7 +367,15 @@ impl Hub {
             }
             core.unwritten |= moved;
             changed = false;
-            let next = resources::build(&core.model, &core.enrolment, &core.bundle, &core.snapshot);
+            let Core {
+                builder,
+                model,
+                enrolment,
+                bundle,
+                snapshot,
+                ..
+            } = core;
+            let next = builder.build(model, enrolment, bundle, snapshot);
             core.snapshot = Arc::new(next);
         }
         // On disk before anyone hears of it.
@@ -414,12 +431,14 @@ impl Hub {
             let gauge = self.metrics.resources.get_or_create_owned(&Type { r#type });
             gauge.set(count as i64);
         }
-        for phase in Phase::ALL {
-            let count = core
-                .enrolment
-                .records()
-                .filter(|(_, r)| r.phase == phase)
-                .count();
+        let mut counts = Phase::ALL.map(|phase| (phase, 0u64));
+        for (_, record) in core.enrolment.records() {
+            let of_phase = counts.iter_mut().find(|(phase, _)| *phase == record.phase);
+            if let Some((_, count)) = of_phase {
+                *count += 1;
+            }
+        }
+        for (phase, count) in counts {
             let label = PhaseLabel {
                 phase: phase.name(),
             };
@@ -450,6 +469,39 @@ impl Core {
             Keeper::Cluster(_) => Ok(()),
         }
     }
+}
+
+/// Whether nothing changed. Nearly all objects are the very same ones, which is seen without reading them.
+fn same(old: &Objects, new: &Objects) -> bool {
+    fn all<K: Ord, V: PartialEq>(old: &BTreeMap<K, Arc<V>>, new: &BTreeMap<K, Arc<V>>) -> bool {
+        let mut pairs = old.iter().zip(new);
+        old.len() == new.len()
+            && pairs.all(|((a, x), (b, y))| a == b && (Arc::ptr_eq(x, y) || x == y))
+    }
+    let Objects {
+        namespaces,
+        nodes,
+        pods,
+        services,
+        slices,
+        http_routes,
+        grpc_routes,
+        tls_routes,
+        tcp_routes,
+        backend_traffic_policies,
+        traffic_policies,
+    } = new;
+    all(&old.namespaces, namespaces)
+        && all(&old.nodes, nodes)
+        && all(&old.pods, pods)
+        && all(&old.services, services)
+        && all(&old.slices, slices)
+        && all(&old.http_routes, http_routes)
+        && all(&old.grpc_routes, grpc_routes)
+        && all(&old.tls_routes, tls_routes)
+        && all(&old.tcp_routes, tcp_routes)
+        && all(&old.backend_traffic_policies, backend_traffic_policies)
+        && all(&old.traffic_policies, traffic_policies)
 }
 
 fn statuses_of(model: &Model, wanted: impl Fn(&str) -> bool) -> Vec<&ObjectStatus> {
@@ -500,7 +552,10 @@ impl StreamGuard {
     pub fn progress(&self, progress: Progress) {
         {
             let mut core = self.hub.core.lock();
-            core.fleet.progress(self.id, progress, Instant::now());
+            // Unless it was the last one to get there, nobody waits for this.
+            if !core.fleet.progress(self.id, progress, Instant::now()) {
+                return;
+            }
             if core.enrolment.awaits_acks() {
                 self.hub.advance(&mut core, false);
             }
@@ -514,8 +569,9 @@ impl Drop for StreamGuard {
         {
             let mut core = self.hub.core.lock();
             core.fleet.close(self.id, Instant::now());
-            core.unwritten = true;
-            self.hub.advance(&mut core, false);
+            if core.enrolment.awaits_acks() {
+                self.hub.advance(&mut core, false);
+            }
         }
         let label = role_label(self.role);
         self.hub.metrics.streams.get_or_create_owned(&label).dec();

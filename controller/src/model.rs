@@ -11,10 +11,11 @@ mod routes;
 mod service;
 mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1 as k8s;
 use mesh_api::names::{MESH_LABEL, MODE_LABEL};
 use mesh_api::proto::mesh::{
     BackendTrafficPolicy, EndpointSlice, Mode, Route, Service, TrafficPolicy,
@@ -24,7 +25,7 @@ pub use annotations::{Exclusions, FieldMistake, mesh_label, mode_label, tunnel_a
 pub use pod::{Pod, ProbeMistake, probe_mistakes};
 pub use status::{Condition, ObjectStatus, ParentStatus, Warning};
 
-use crate::providers::Objects;
+use crate::providers::{NamespacedName, Objects};
 
 /// What is set for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,20 +65,20 @@ pub struct Model {
 
 /// Builds the model.
 pub fn build(objects: &Objects, settings: &Settings) -> Model {
-    let mut model = without_routes(objects, settings);
+    let mut model = without_routes(objects, settings, None);
     judge_routes(objects, &mut model);
     model
 }
 
-/// Builds the model that follows `old`, which was built from `old_objects`. What was made of routes and
-/// policies is taken over if nothing that it depends on changed: to judge them costs the compilation of their
-/// expressions, and endpoints change far more often.
+/// Builds the model that follows `old`, which was built from `old_objects`. What was made of a pod is taken over
+/// if its manifest is the same one. What was made of routes and policies is if nothing that it depends on
+/// changed: to judge them costs the compilation of their expressions, and endpoints change far more often.
 pub fn rebuild(
     objects: &Objects,
     settings: &Settings,
     (old_objects, old): (&Objects, &Model),
 ) -> Model {
-    let mut model = without_routes(objects, settings);
+    let mut model = without_routes(objects, settings, Some((old_objects, old)));
     let same = objects.services == old_objects.services
         && objects.http_routes == old_objects.http_routes
         && objects.grpc_routes == old_objects.grpc_routes
@@ -105,8 +106,30 @@ fn judge_routes(objects: &Objects, model: &mut Model) {
     model.statuses = [routes.statuses, policies.statuses].concat();
 }
 
-fn without_routes(objects: &Objects, settings: &Settings) -> Model {
+fn without_routes(
+    objects: &Objects,
+    settings: &Settings,
+    old: Option<(&Objects, &Model)>,
+) -> Model {
     let mut warnings = Vec::new();
+    // Where there was something to warn of, it is said again.
+    let old = old.filter(|(old, model)| {
+        old.namespaces == objects.namespaces
+            && model.settings == *settings
+            && model.warnings.iter().all(|w| w.object.kind != "Namespace")
+    });
+    let warned: HashSet<(&str, &str)> = old
+        .iter()
+        .flat_map(|(_, model)| &model.warnings)
+        .map(|w| (w.object.namespace.as_str(), w.object.name.as_str()))
+        .collect();
+    let known = |name: &NamespacedName, manifest: &Arc<k8s::Pod>| {
+        let (objects, model) = old?;
+        let same = Arc::ptr_eq(objects.pods.get(name)?, manifest);
+        let usable = same && !warned.contains(&(name.0.as_str(), name.1.as_str()));
+        let uid = manifest.metadata.uid.as_deref().filter(|_| usable)?;
+        model.pods.get(uid).cloned()
+    };
     let nodes = objects
         .nodes
         .iter()
@@ -114,13 +137,15 @@ fn without_routes(objects: &Objects, settings: &Settings) -> Model {
         .collect();
     let pods = objects
         .pods
-        .values()
-        .filter_map(|manifest| {
-            let namespace = manifest.metadata.namespace.as_deref().unwrap_or_default();
-            let defaults = namespace_defaults(objects, namespace, settings, &mut warnings);
-            pod::build(manifest, defaults, settings, &mut warnings)
+        .iter()
+        .filter_map(|(name, manifest)| {
+            if let Some(pod) = known(name, manifest) {
+                return Some(pod);
+            }
+            let defaults = namespace_defaults(objects, &name.0, settings, &mut warnings);
+            pod::build(manifest, defaults, settings, &mut warnings).map(Arc::new)
         })
-        .map(|pod| (pod.uid.clone(), Arc::new(pod)))
+        .map(|pod| (pod.uid.clone(), pod))
         .collect();
     let services = objects
         .services

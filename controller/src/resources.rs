@@ -7,7 +7,8 @@
 
 mod concerns;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -66,61 +67,197 @@ pub struct Snapshot {
     pub mesh: Arc<Table>,
     /// What could not be published as written, for the log.
     pub warnings: Vec<String>,
+    /// Which workloads changed of late.
+    pub workload_changes: Changes,
+    /// Which slices changed of late.
+    pub slice_changes: Changes,
+}
+
+/// Which resources of a table were added, changed or removed in the last snapshots, so that a stream need not look
+/// at all of them.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Everything after this snapshot is on record; `None`: nothing is.
+    from: Option<u64>,
+    /// By snapshot, the oldest first.
+    recent: VecDeque<(u64, Arc<[Arc<str>]>)>,
+}
+
+impl Changes {
+    /// Everything that changed after snapshot `seq`, some of it repeatedly; `None`: that is too long ago.
+    pub fn since(&self, seq: u64) -> Option<impl Iterator<Item = &Arc<str>>> {
+        let covered = self.from.is_some_and(|from| from <= seq);
+        let recent = self.recent.iter().skip_while(move |(of, _)| *of <= seq);
+        covered.then(|| recent.flat_map(|(_, names)| names.iter()))
+    }
+
+    /// The record that goes on with snapshot `seq`.
+    fn next(&self, seq: u64, old: &Arc<Table>, new: &Arc<Table>) -> Self {
+        let mut next = self.clone();
+        next.from.get_or_insert(seq - 1);
+        if !Arc::ptr_eq(old, new) {
+            next.recent.push_back((seq, differences(old, new)));
+        }
+        let mut names: usize = next.recent.iter().map(|(_, names)| names.len()).sum();
+        while names > MAX_CHANGES || next.recent.len() > MAX_CHANGED {
+            let Some((seq, oldest)) = next.recent.pop_front() else {
+                break;
+            };
+            names -= oldest.len();
+            next.from = Some(seq);
+        }
+        next
+    }
+}
+
+#[cfg(test)]
+impl Changes {
+    /// The record that goes on with a snapshot in which these changed, and began with the first.
+    pub(crate) fn with(&self, seq: u64, names: &[&str]) -> Self {
+        let mut next = self.clone();
+        next.from.get_or_insert(0);
+        let names = names.iter().map(|name| Arc::from(*name)).collect();
+        next.recent.push_back((seq, names));
+        next
+    }
+}
+
+/// The names whose resources are not the same in both tables.
+fn differences(old: &Table, new: &Table) -> Arc<[Arc<str>]> {
+    let mut names = Vec::new();
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    loop {
+        let order = match (old.peek(), new.peek()) {
+            (None, None) => break,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((a, _)), Some((b, _))) => a.cmp(b),
+        };
+        let before = old.next_if(|_| order.is_le());
+        let after = new.next_if(|_| order.is_ge());
+        if before.map(|(_, r)| r) != after.map(|(_, r)| r)
+            && let Some((name, _)) = after.or(before)
+        {
+            names.push(name.clone());
+        }
+    }
+    names.into()
 }
 
 /// Up to this many Services every node gets them all.
 pub const ALL_SERVICES: usize = 1000;
+/// How many snapshots, and changes in them, are on record.
+const MAX_CHANGED: usize = 512;
+const MAX_CHANGES: usize = 8192;
 /// Name of the MeshConfig resource.
 pub const MESH_CONFIG: &str = "mesh";
 
-/// Builds the snapshot that follows `previous`.
-pub fn build(
+/// Builds snapshots. What was made of a pod, Service or slice is used again as long as nothing that it depends
+/// on changes: of fifty thousand pods an edit changes one.
+#[derive(Debug, Default)]
+pub struct Builder {
+    model: Option<Arc<Model>>,
+    pods: BTreeMap<Arc<str>, Made>,
+}
+
+/// What was made of a pod, and of what.
+#[derive(Debug)]
+struct Made {
+    pod: Arc<Pod>,
+    addresses: Vec<IpAddr>,
+    published: Option<(EnrolmentState, TunnelKind)>,
+    enrolled: bool,
+    workload: Option<Arc<Resource>>,
+    node_pod: Arc<Resource>,
+}
+
+impl Builder {
+    /// The snapshot that follows `previous`.
+    pub fn build(
+        &mut self,
+        model: &Arc<Model>,
+        enrolment: &Enrolment,
+        trust_bundle: &[Vec<u8>],
+        previous: &Snapshot,
+    ) -> Snapshot {
+        let old = self.model.replace(model.clone());
+        let made = std::mem::take(&mut self.pods);
+        let old = old.as_deref();
+        let (snapshot, made) = build(model, enrolment, trust_bundle, previous, (old, made));
+        self.pods = made;
+        snapshot
+    }
+}
+
+fn build(
     model: &Model,
     enrolment: &Enrolment,
     trust_bundle: &[Vec<u8>],
     previous: &Snapshot,
-) -> Snapshot {
+    (old, mut old_made): (Option<&Model>, BTreeMap<Arc<str>, Made>),
+) -> (Snapshot, BTreeMap<Arc<str>, Made>) {
     let mut warnings = Vec::new();
     let (mut workloads, mut node_pods) = (Table::new(), BTreeMap::<String, Table>::new());
     let mut namespaces_of_node = BTreeMap::<String, BTreeSet<String>>::new();
     let owners = address_owners(model, enrolment, &mut warnings);
+    let mut all_made = BTreeMap::new();
+    let same_nodes = old.is_some_and(|old| old.nodes == model.nodes && old.zones == model.zones);
+    let same_node = |node: &str| {
+        let one = |old: &Model| {
+            old.nodes.get(node) == model.nodes.get(node)
+                && old.zones.get(node) == model.zones.get(node)
+        };
+        same_nodes || old.is_some_and(one)
+    };
     for (uid, pod) in &model.pods {
         let record = enrolment.record(uid);
-        let addresses = addresses(pod, record)
-            .iter()
-            .filter(|a| owners.get(a) == Some(uid))
-            .map(|a| address_to_bytes(*a))
-            .collect::<Vec<_>>();
+        let addresses = addresses(pod, record).iter().copied();
+        let addresses = addresses.filter(|a| owners.get(a).is_some_and(|owner| *owner == uid));
         let captured = record.and_then(Record::published);
         let published = match captured {
             Some(state) => Some((state, TunnelKind::Warren)),
             None if pod.opted_in && pod.hbone => Some((EnrolmentState::Tunnel, TunnelKind::Hbone)),
             None => None,
         };
-        if let Some((state, tunnel)) = published
-            && !addresses.is_empty()
-        {
-            if !model.nodes.contains_key(&pod.node) && tunnel == TunnelKind::Warren {
+        let enrolled = record.is_some_and(Record::enrolled);
+        let same = |made: &Made| {
+            Arc::ptr_eq(&made.pod, pod)
+                && made.published == published
+                && made.enrolled == enrolled
+                && made.addresses.iter().copied().eq(addresses.clone())
+                && same_node(&pod.node)
+        };
+        let made = match old_made.remove(uid).filter(same) {
+            Some(made) => made,
+            None => Made::new(model, pod, addresses.collect(), published, enrolled),
+        };
+        if let Some(workload) = &made.workload {
+            if !model.nodes.contains_key(&pod.node)
+                && matches!(published, Some((_, TunnelKind::Warren)))
+            {
                 warnings.push(format!(
                     "Pod {}/{}: node {} is unknown, so no tunnel can reach the pod; apply its Node",
                     pod.namespace, pod.name, pod.node
                 ));
             }
-            let message = workload(model, pod, addresses.clone(), state, tunnel);
-            workloads.insert(uid.clone(), encode(&message));
+            workloads.insert(uid.clone(), workload.clone());
         }
-        let message = node_pod(model, pod, addresses, record.is_some_and(Record::enrolled));
         node_pods
             .entry(pod.node.clone())
             .or_default()
-            .insert(uid.clone(), encode(&message));
+            .insert(uid.clone(), made.node_pod.clone());
         namespaces_of_node
             .entry(pod.node.clone())
             .or_default()
             .insert(pod.namespace.clone());
+        all_made.insert(uid.clone(), made);
     }
     let services_complete = model.services.len() <= ALL_SERVICES;
-    let services = table(&model.services);
+    let services = table(
+        &model.services,
+        old.map(|m| &m.services),
+        &previous.services,
+    );
     let mut service_by_address = HashMap::new();
     for (name, service) in &model.services {
         for address in service
@@ -138,7 +275,7 @@ pub fn build(
             }
         }
     }
-    let slices = table(&model.slices);
+    let slices = table(&model.slices, old.map(|m| &m.slices), &previous.slices);
     let service_of_slice = model
         .slices
         .iter()
@@ -149,9 +286,17 @@ pub fn build(
             )
         })
         .collect();
-    let routes = table(&model.routes);
-    let backend_traffic_policies = table(&model.backend_traffic_policies);
-    let traffic_policies = table(&model.traffic_policies);
+    let routes = table(&model.routes, old.map(|m| &m.routes), &previous.routes);
+    let backend_traffic_policies = table(
+        &model.backend_traffic_policies,
+        old.map(|m| &m.backend_traffic_policies),
+        &previous.backend_traffic_policies,
+    );
+    let traffic_policies = table(
+        &model.traffic_policies,
+        old.map(|m| &m.traffic_policies),
+        &previous.traffic_policies,
+    );
     let mesh = mesh_config(model, trust_bundle, services_complete);
     let old_pods = &previous.node_pods;
     let node_pods = node_pods
@@ -161,13 +306,18 @@ pub fn build(
             (node, shared.cloned().unwrap_or_else(|| Arc::new(table)))
         })
         .collect();
-    Snapshot {
-        seq: previous.seq + 1,
-        workloads: share(workloads, &previous.workloads),
-        node_pods: Arc::new(node_pods),
+    let seq = previous.seq + 1;
+    let workloads = share(workloads, &previous.workloads);
+    let slices = share(slices, &previous.slices);
+    let snapshot = Snapshot {
+        seq,
+        workload_changes: (previous.workload_changes).next(seq, &previous.workloads, &workloads),
+        slice_changes: (previous.slice_changes).next(seq, &previous.slices, &slices),
+        workloads,
+        node_pods: share(node_pods, &previous.node_pods),
         services: share(services, &previous.services),
         service_by_address: share(service_by_address, &previous.service_by_address),
-        slices: share(slices, &previous.slices),
+        slices,
         service_of_slice: share(service_of_slice, &previous.service_of_slice),
         routes: share(routes, &previous.routes),
         backend_traffic_policies: share(
@@ -183,6 +333,30 @@ pub fn build(
             &previous.mesh,
         ),
         warnings,
+    };
+    (snapshot, all_made)
+}
+
+impl Made {
+    fn new(
+        model: &Model,
+        pod: &Arc<Pod>,
+        addresses: Vec<IpAddr>,
+        published: Option<(EnrolmentState, TunnelKind)>,
+        enrolled: bool,
+    ) -> Self {
+        let encoded: Vec<Bytes> = addresses.iter().map(|a| address_to_bytes(*a)).collect();
+        let workload = published
+            .filter(|_| !addresses.is_empty())
+            .map(|(state, tunnel)| encode(&workload(model, pod, encoded.clone(), state, tunnel)));
+        Self {
+            pod: pod.clone(),
+            node_pod: encode(&node_pod(model, pod, encoded, enrolled)),
+            addresses,
+            published,
+            enrolled,
+            workload,
+        }
     }
 }
 
@@ -266,28 +440,28 @@ fn addresses<'a>(pod: &'a Pod, record: Option<&'a Record>) -> &'a [IpAddr] {
 
 /// Which pod has an address. An address in two manifests is that of the pod whose agent recorded it, as
 /// the other's status is stale then.
-fn address_owners(
-    model: &Model,
+fn address_owners<'a>(
+    model: &'a Model,
     enrolment: &Enrolment,
     warnings: &mut Vec<String>,
-) -> HashMap<IpAddr, Arc<str>> {
+) -> HashMap<IpAddr, &'a Arc<str>> {
     let recorded = |uid: &str| {
         enrolment
             .record(uid)
             .is_some_and(|r| !r.addresses.is_empty())
     };
-    let mut owners: HashMap<IpAddr, Arc<str>> = HashMap::new();
+    let mut owners: HashMap<IpAddr, &Arc<str>> = HashMap::with_capacity(model.pods.len());
     for (uid, pod) in &model.pods {
         for address in addresses(pod, enrolment.record(uid)) {
             match owners.get(address) {
                 None => {
-                    owners.insert(*address, uid.clone());
+                    owners.insert(*address, uid);
                 }
-                Some(other) if other == uid => {}
+                Some(other) if *other == uid => {}
                 Some(other) => {
                     let (winner, loser) = match recorded(uid) && !recorded(other) {
-                        true => (uid.clone(), other.clone()),
-                        false => (other.clone(), uid.clone()),
+                        true => (uid, *other),
+                        false => (*other, uid),
                     };
                     let name = |uid: &str| {
                         let pod = model.pods.get(uid);
@@ -295,8 +469,8 @@ fn address_owners(
                     };
                     warnings.push(format!(
                         "Pod {}: {address} belongs to Pod {}, which keeps it",
-                        name(&loser),
-                        name(&winner)
+                        name(loser),
+                        name(winner)
                     ));
                     owners.insert(*address, winner);
                 }
@@ -306,11 +480,21 @@ fn address_owners(
     owners
 }
 
-fn table<T: Typed>(messages: &BTreeMap<String, T>) -> Table {
-    let encoded = messages
-        .iter()
-        .map(|(name, message)| (Arc::from(name.as_str()), encode(message)));
-    encoded.collect()
+/// Encodes what is not as it was in `old`, of which `encoded` was made.
+fn table<T: Typed + PartialEq>(
+    messages: &BTreeMap<String, T>,
+    old: Option<&BTreeMap<String, T>>,
+    encoded: &Table,
+) -> Table {
+    let made = messages.iter().map(|(name, message)| {
+        let same = old.and_then(|old| old.get(name)) == Some(message);
+        let known = encoded.get_key_value(name.as_str()).filter(|_| same);
+        match known {
+            Some((name, resource)) => (name.clone(), resource.clone()),
+            None => (Arc::from(name.as_str()), encode(message)),
+        }
+    });
+    made.collect()
 }
 
 fn encode<T: Typed>(message: &T) -> Arc<Resource> {

@@ -62,6 +62,7 @@ pub async fn serve(
     let discovery = discovery::DiscoveryService {
         hub: hub.clone(),
         stop: stop.clone(),
+        turns: Arc::new(Semaphore::new(discovery::TURNS)),
     };
     let stopped = async move {
         // An error means that the sender is gone.

@@ -1,12 +1,14 @@
 //! `warren-bench run`: direct, Warren and Envoy side by side. `serve` and `load` are its server and
-//! client, which it starts itself.
+//! client, which it starts itself. `warren-bench fleet`: the control plane with a thousand nodes.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use warren_benches::fleet::{self, Size, State};
 use warren_benches::harness::{self, ArmName, Options};
 use warren_benches::load::{self, Case, Outcome, Plan};
 
@@ -21,6 +23,8 @@ struct Arguments {
 enum Verb {
     /// Build the arms in namespaces, run every case on each, report. Needs root.
     Run(RunArguments),
+    /// The control plane at scale: the real controller, and in this process the clients of many nodes.
+    Fleet(FleetArguments),
     /// The server.
     Serve {
         /// Address and port.
@@ -71,6 +75,40 @@ struct RunArguments {
 }
 
 #[derive(clap::Args)]
+struct FleetArguments {
+    /// Does it run? 10 nodes, 200 pods, a few changes.
+    #[arg(long)]
+    smoke: bool,
+    /// Nodes, each with a proxy and an agent.
+    #[arg(long, default_value_t = 1000)]
+    nodes: usize,
+    /// Meshed pods.
+    #[arg(long, default_value_t = 50_000)]
+    pods: usize,
+    /// Services.
+    #[arg(long, default_value_t = 2000)]
+    services: usize,
+    /// Namespaces.
+    #[arg(long, default_value_t = 100)]
+    namespaces: usize,
+    /// Services that the pods of one node call.
+    #[arg(long, default_value_t = 20)]
+    used: usize,
+    /// What proxies subscribe to beside the table of all pods.
+    #[arg(long, value_enum, default_value_t = State::Proxy)]
+    state: State,
+    /// Edits of an endpoint.
+    #[arg(long, default_value_t = 200)]
+    endpoint_changes: usize,
+    /// Pods that are replaced.
+    #[arg(long, default_value_t = 50)]
+    pod_changes: usize,
+    /// JSON file to write; without it one in target/bench named after the time.
+    #[arg(long)]
+    output: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
 struct LoadArguments {
     #[arg(long)]
     target: SocketAddr,
@@ -89,6 +127,7 @@ struct LoadArguments {
 fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Run(arguments) => run(arguments),
+        Verb::Fleet(arguments) => fleet(arguments),
         Verb::Serve { listen } => runtime().and_then(|runtime| {
             runtime
                 .block_on(load::serve(listen))
@@ -106,10 +145,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: RunArguments) -> Result<(), String> {
-    let this = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
-    let binaries = this.parent().map(PathBuf::from).unwrap_or_default();
-    // Commands run in other directories' namespaces, but all with absolute names.
-    let directory = binaries.parent().unwrap_or(&binaries).join("bench");
+    let Directories { binaries, results } = directories()?;
     let mut options = Options {
         arms: arguments.arms,
         cases: arguments.cases,
@@ -120,7 +156,7 @@ fn run(arguments: RunArguments) -> Result<(), String> {
         rate: arguments.rate,
         envoy: arguments.envoy,
         binaries,
-        work: directory.join("work"),
+        work: results.join("work"),
     };
     if arguments.smoke {
         options.duration = Duration::from_millis(300);
@@ -130,16 +166,7 @@ fn run(arguments: RunArguments) -> Result<(), String> {
         options.rate = 500;
     }
     let report = harness::run(&options).map_err(|e| e.to_string())?;
-    let file = arguments.output.unwrap_or_else(|| {
-        let now = time::OffsetDateTime::now_utc();
-        directory.join(format!(
-            "{}-{:02}{:02}{:02}.json",
-            now.date(),
-            now.hour(),
-            now.minute(),
-            now.second()
-        ))
-    });
+    let file = arguments.output.unwrap_or_else(|| new_file(&results, ""));
     report.write(&file).map_err(|e| e.to_string())?;
     print!("{}", report.text());
     println!("\nall runs: {}", file.display());
@@ -149,6 +176,78 @@ fn run(arguments: RunArguments) -> Result<(), String> {
             "{errors} connections or requests failed; see the runs above"
         )),
     }
+}
+
+fn fleet(arguments: FleetArguments) -> Result<(), String> {
+    let Directories { binaries, results } = directories()?;
+    let mut options = fleet::Options {
+        size: Size {
+            nodes: arguments.nodes,
+            pods: arguments.pods,
+            services: arguments.services,
+            namespaces: arguments.namespaces,
+            used: arguments.used,
+        },
+        state: arguments.state,
+        endpoint_changes: arguments.endpoint_changes,
+        pod_changes: arguments.pod_changes,
+        idle: Duration::from_secs(20),
+        binaries,
+        work: results.join("fleet"),
+    };
+    if arguments.smoke {
+        options.size = Size {
+            nodes: 10,
+            pods: 200,
+            services: 20,
+            namespaces: 4,
+            used: 5,
+        };
+        options.endpoint_changes = 5;
+        options.pod_changes = 3;
+        options.idle = Duration::from_secs(1);
+    }
+    // Two connections a node.
+    getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .map_err(|e| format!("raise the limit of descriptors: {e}"))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("start the runtime: {e}"))?;
+    let report = runtime
+        .block_on(fleet::run(&options))
+        .map_err(|e| e.to_string())?;
+    let file = arguments
+        .output
+        .unwrap_or_else(|| new_file(&results, "fleet-"));
+    report.write(&file).map_err(|e| e.to_string())?;
+    print!("{}", report.text());
+    println!("\neach change: {}", file.display());
+    Ok(())
+}
+
+struct Directories {
+    /// Where this and the other programs are.
+    binaries: PathBuf,
+    /// Where results go.
+    results: PathBuf,
+}
+
+fn directories() -> Result<Directories, String> {
+    let this = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
+    let binaries = this.parent().map(PathBuf::from).unwrap_or_default();
+    // Commands run in other directories' namespaces, but all with absolute names.
+    let results = binaries.parent().unwrap_or(&binaries).join("bench");
+    Ok(Directories { binaries, results })
+}
+
+fn new_file(directory: &Path, prefix: &str) -> PathBuf {
+    let now = time::OffsetDateTime::now_utc();
+    directory.join(format!(
+        "{prefix}{}-{:02}{:02}{:02}.json",
+        now.date(),
+        now.hour(),
+        now.minute(),
+        now.second()
+    ))
 }
 
 fn load(arguments: LoadArguments) -> Result<(), String> {

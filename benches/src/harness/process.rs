@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use super::{Error, io};
 
 /// A command from one line. Arguments here never hold spaces.
-pub(super) fn command(line: &str) -> Command {
+pub(crate) fn command(line: &str) -> Command {
     let mut words = line.split_whitespace();
     let mut command = Command::new(words.next().unwrap_or_default());
     command.args(words).stdin(Stdio::null());
@@ -16,7 +16,7 @@ pub(super) fn command(line: &str) -> Command {
 }
 
 /// Runs a command to its end; its standard output.
-pub(super) fn succeed(command: &mut Command) -> Result<String, Error> {
+pub(crate) fn succeed(command: &mut Command) -> Result<String, Error> {
     let failed = |command: &Command, detail: String| Error::Command {
         command: format!("{command:?}").replace('"', ""),
         detail,
@@ -47,11 +47,11 @@ pub(super) fn in_namespace(netns: &Path, core: u32, program: &Path) -> Command {
 
 /// A child that is killed when dropped. Each wrapper of [`in_namespace`] replaces itself, so its pid
 /// is the program's.
-pub(super) struct Process(Child);
+pub(crate) struct Process(Child);
 
 impl Process {
     /// Output goes to the log file.
-    pub(super) fn spawn(command: &mut Command, log: &Path) -> Result<Self, Error> {
+    pub(crate) fn spawn(command: &mut Command, log: &Path) -> Result<Self, Error> {
         let file = fs::File::create(log).map_err(io(format!("make {}", log.display())))?;
         let errors = file
             .try_clone()
@@ -64,12 +64,12 @@ impl Process {
         Ok(Process(child))
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 
     /// Whether it has ended by itself.
-    pub(super) fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }
 }

@@ -24,27 +24,9 @@ pub struct Report {
 
 impl Report {
     pub(super) fn new(options: &Options, arms: &[Arm]) -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let cpu = read("/proc/cpuinfo");
-        let cpu = cpu
-            .lines()
-            .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let names: Vec<_> = arms.iter().map(|arm| arm.name.to_string()).collect();
         Report {
-            machine: BTreeMap::from([
-                ("loadAverageBefore", load_average()),
-                (
-                    "kernel",
-                    read("/proc/sys/kernel/osrelease").trim().to_owned(),
-                ),
-                ("cpu", cpu.map_or("", |(_, name)| name).to_owned()),
-                (
-                    "cores",
-                    std::thread::available_parallelism()
-                        .map_or(0, usize::from)
-                        .to_string(),
-                ),
-            ]),
+            machine: machine(),
             settings: BTreeMap::from([
                 ("arms", names.join(", ")),
                 ("seconds", options.duration.as_secs_f64().to_string()),
@@ -387,6 +369,29 @@ impl Memory {
             .max()?;
         Some(growth as f64 / connections as f64)
     }
+}
+
+/// Where the numbers are from.
+pub(crate) fn machine() -> BTreeMap<&'static str, String> {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let cpu = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    BTreeMap::from([
+        ("loadAverageBefore", load_average()),
+        (
+            "kernel",
+            read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        ),
+        ("cpu", cpu.map_or("", |(_, name)| name).to_owned()),
+        (
+            "cores",
+            std::thread::available_parallelism()
+                .map_or(0, usize::from)
+                .to_string(),
+        ),
+    ])
 }
 
 /// Other work on the machine spoils every number, and steal does not show it.

@@ -47,7 +47,24 @@ struct Stream {
 pub struct Fleet {
     next: u64,
     streams: BTreeMap<StreamId, Stream>,
+    /// The agents' streams by node.
+    agents: BTreeMap<String, BTreeSet<StreamId>>,
     away: BTreeMap<String, Instant>,
+    handed: Counted,
+    acked: Counted,
+    mesh_acked: Counted,
+}
+
+/// Snapshots, and how many streams are at each: the one furthest behind without a look at every stream.
+#[derive(Debug, Default)]
+struct Counted(BTreeMap<u64, usize>);
+
+/// What the proxies that count know together, at one moment.
+#[derive(Debug)]
+pub struct Known<'a> {
+    /// Every one of them holds the table up to here.
+    acked: u64,
+    rejected: BTreeSet<&'a str>,
 }
 
 impl Fleet {
@@ -60,8 +77,14 @@ impl Fleet {
     pub fn open(&mut self, node: &str, role: NodeRole, now: Instant) -> StreamId {
         let id = StreamId(self.next);
         self.next += 1;
-        if role == NodeRole::Proxy {
-            self.away.remove(node);
+        match role {
+            NodeRole::Proxy => {
+                self.away.remove(node);
+                self.acked.add(0);
+            }
+            NodeRole::Agent => {
+                self.agents.entry(node.into()).or_default().insert(id);
+            }
         }
         let stream = Stream {
             node: node.into(),
@@ -78,16 +101,42 @@ impl Fleet {
         let Some(stream) = self.streams.remove(&id) else {
             return;
         };
+        self.handed.move_on(stream.progress.handed, None);
+        self.mesh_acked.move_on(stream.progress.mesh_acked, None);
+        match stream.role {
+            NodeRole::Proxy => self.acked.move_on(Some(stream.progress.acked), None),
+            NodeRole::Agent => {
+                if let Some(agents) = self.agents.get_mut(&stream.node) {
+                    agents.remove(&id);
+                    if agents.is_empty() {
+                        self.agents.remove(&stream.node);
+                    }
+                }
+            }
+        }
         if stream.role == NodeRole::Proxy && self.proxies_of(&stream.node).next().is_none() {
             self.away.insert(stream.node, now);
         }
     }
 
-    /// A stream got further.
-    pub fn progress(&mut self, id: StreamId, progress: Progress, now: Instant) {
+    /// A stream got further. True: with it, the one that was furthest behind in something did, or it
+    /// rejects something else than before.
+    pub fn progress(&mut self, id: StreamId, progress: Progress, now: Instant) -> bool {
         let Some(stream) = self.streams.get_mut(&id) else {
-            return;
+            return false;
         };
+        let least = (
+            self.handed.least(),
+            self.acked.least(),
+            self.mesh_acked.least(),
+        );
+        let old = &stream.progress;
+        let rejects = old.rejected != progress.rejected;
+        self.handed.move_on(old.handed, progress.handed);
+        self.mesh_acked.move_on(old.mesh_acked, progress.mesh_acked);
+        if stream.role == NodeRole::Proxy {
+            self.acked.move_on(Some(old.acked), Some(progress.acked));
+        }
         let further = progress.acked > stream.progress.acked;
         stream.behind_since = match (progress.waiting || progress.acked == 0, stream.behind_since) {
             (false, _) => None,
@@ -95,6 +144,12 @@ impl Fleet {
             (true, _) => Some(now),
         };
         stream.progress = progress;
+        let now_least = (
+            self.handed.least(),
+            self.acked.least(),
+            self.mesh_acked.least(),
+        );
+        rejects || least != now_least
     }
 
     /// Forgets nodes whose lease ran out. True: there were some.
@@ -113,43 +168,40 @@ impl Fleet {
         self.away.len() != before
     }
 
-    /// Whether every proxy that counts holds snapshot `seq` and has not rejected `uid`.
-    pub fn all_acked(&self, uid: &str, seq: u64, now: Instant) -> bool {
-        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
-        !away
-            && self.proxies().all(|s| {
-                let knows = s.progress.acked >= seq.max(1) && !s.progress.rejected.contains(uid);
-                let stuck = s
-                    .behind_since
-                    .is_some_and(|t| now.duration_since(t) >= LEASE);
-                knows || stuck
-            })
+    /// What every proxy that counts knows; `None`: one has not come back.
+    pub fn known(&self, now: Instant) -> Option<Known<'_>> {
+        let counting = self.counting(now)?;
+        let mut known = Known {
+            acked: u64::MAX,
+            rejected: BTreeSet::new(),
+        };
+        for stream in counting {
+            known.acked = known.acked.min(stream.progress.acked);
+            known
+                .rejected
+                .extend(stream.progress.rejected.iter().map(|uid| &**uid));
+        }
+        Some(known)
     }
 
     /// Whether an agent of the node has a stream.
     pub fn has_agent(&self, node: &str) -> bool {
-        let mut streams = self.streams.values();
-        streams.any(|s| s.role == NodeRole::Agent && s.node == node)
+        self.agents.contains_key(node)
     }
 
     /// The newest snapshot that every proxy that counts holds; `None`: one has not come back.
     pub fn acknowledged(&self, newest: u64, now: Instant) -> Option<u64> {
-        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
-        if away {
-            return None;
-        }
-        let counting = self.proxies().filter(|s| {
-            let behind = s.behind_since;
-            behind.is_none_or(|t| now.duration_since(t) < LEASE)
-        });
+        let counting = self.counting(now)?;
         Some(counting.map(|s| s.progress.acked).min().unwrap_or(newest))
     }
 
     /// Whether an agent of the node holds snapshot `seq`.
     pub fn agent_acked(&self, node: &str, seq: u64) -> bool {
-        let mut agents = self.streams.values();
-        agents
-            .any(|s| s.role == NodeRole::Agent && s.node == node && s.progress.acked >= seq.max(1))
+        let mut agents = self.agents.get(node).into_iter().flatten();
+        agents.any(|id| {
+            let stream = self.streams.get(id);
+            stream.is_some_and(|s| s.progress.acked >= seq.max(1))
+        })
     }
 
     /// Whether every node holds the MeshConfig of snapshot `seq`, as far as it counts.
@@ -170,9 +222,7 @@ impl Fleet {
 
     /// Whether every stream has been handed snapshot `seq`.
     pub fn all_handed(&self, seq: u64) -> bool {
-        self.streams
-            .values()
-            .all(|s| s.progress.handed.is_none_or(|handed| handed >= seq))
+        self.handed.least().is_none_or(|handed| handed >= seq)
     }
 
     /// Nodes whose proxies count, connected or away.
@@ -188,11 +238,56 @@ impl Fleet {
             .map(|s| (s.node.as_str(), s.role, &s.progress))
     }
 
+    /// The proxies that are neither away nor stuck; `None`: one is away.
+    fn counting(&self, now: Instant) -> Option<impl Iterator<Item = &Stream>> {
+        let away = self.away.values().any(|s| now.duration_since(*s) < LEASE);
+        let is_stuck = move |stream: &Stream| {
+            let behind = stream.behind_since;
+            behind.is_some_and(|since| now.duration_since(since) >= LEASE)
+        };
+        (!away).then(|| self.proxies().filter(move |s| !is_stuck(s)))
+    }
+
     fn proxies(&self) -> impl Iterator<Item = &Stream> {
         self.streams.values().filter(|s| s.role == NodeRole::Proxy)
     }
 
     fn proxies_of(&self, node: &str) -> impl Iterator<Item = &Stream> {
         self.proxies().filter(move |s| s.node == node)
+    }
+}
+
+impl Known<'_> {
+    /// Whether all of them hold snapshot `seq` and have not rejected `uid`. What a stuck one has rejected
+    /// does not count.
+    pub fn hold(&self, uid: &str, seq: u64) -> bool {
+        self.acked >= seq.max(1) && !self.rejected.contains(uid)
+    }
+}
+
+impl Counted {
+    fn add(&mut self, at: u64) {
+        *self.0.entry(at).or_default() += 1;
+    }
+
+    fn move_on(&mut self, from: Option<u64>, to: Option<u64>) {
+        if from == to {
+            return;
+        }
+        if let Some(from) = from
+            && let Some(count) = self.0.get_mut(&from)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.0.remove(&from);
+            }
+        }
+        if let Some(to) = to {
+            self.add(to);
+        }
+    }
+
+    fn least(&self) -> Option<u64> {
+        self.0.keys().next().copied()
     }
 }

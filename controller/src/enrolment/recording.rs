@@ -179,25 +179,29 @@ impl Enrolment {
         seq: u64,
         now: Instant,
     ) -> bool {
-        let mut moved = false;
-        for (uid, pod) in &model.pods {
+        let (mut moved, mut awaits_acks) = (self.follow(model), false);
+        let known = fleet.known(now);
+        for (uid, pod, record) in self.with_pods(model) {
             let decides = fleet.has_agent(&pod.node);
-            let record = self.record_of(pod);
             let next = record.next(pod, || {
                 decides
-                    && fleet.all_acked(uid, record.since, now)
+                    && known.as_ref().is_some_and(|k| k.hold(uid, record.since))
                     && peers.all_hold(record.version, now)
             });
+            // Also of one that is enforced or withdrawn in a moment: what it proposes may not come back.
+            awaits_acks |= record.awaits_acks();
             if next == record.phase {
                 continue;
             }
             if on_record(next) == on_record(record.phase) {
                 record.enter(pod, next, seq);
+                awaits_acks |= record.awaits_acks();
                 moved = true;
             } else if decides {
                 recording.propose(pod, |r| r.phase = on_record(next));
             }
         }
+        self.awaits_acks = awaits_acks;
         moved
     }
 }

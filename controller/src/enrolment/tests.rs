@@ -32,6 +32,8 @@ struct World {
     model: Model,
     seq: u64,
     now: Instant,
+    /// What the last report brought.
+    news: bool,
 }
 
 impl World {
@@ -42,6 +44,7 @@ impl World {
             model: model(true),
             seq: 0,
             now: Instant::now(),
+            news: false,
         }
     }
 
@@ -80,11 +83,9 @@ impl World {
             pods: state.map(pod).into_iter().collect(),
             ..Default::default()
         };
-        assert!(
-            self.enrolment
-                .report("node-1", &report, &self.fleet)
-                .is_empty()
-        );
+        let (news, strangers) = self.enrolment.report("node-1", &report, &self.fleet);
+        assert!(strangers.is_empty());
+        self.news = news;
     }
 
     fn pass(&mut self, time: Duration) {
@@ -106,6 +107,58 @@ impl World {
         world.ack(proxy);
         (world, agent, proxy)
     }
+}
+
+#[test]
+fn a_report_is_news_when_a_pod_may_move_or_has_failed() {
+    let mut world = World::new();
+    world.settle();
+    let is_news = |world: &mut World, state| {
+        world.report(state);
+        world.news
+    };
+    assert!(is_news(&mut world, Some(PodState::Failed)));
+    assert!(
+        !is_news(&mut world, Some(PodState::Failed)),
+        "the same again"
+    );
+    assert!(is_news(&mut world, Some(PodState::Ready)));
+    assert_eq!(world.settle(), Phase::Enforced);
+    assert!(
+        !is_news(&mut world, Some(PodState::Ready)),
+        "it is where it is to be"
+    );
+    assert!(!is_news(&mut world, None), "absence moves nothing");
+}
+
+#[test]
+fn only_the_last_to_get_further_is_told_of() {
+    let mut fleet = Fleet::default();
+    let now = Instant::now();
+    let ids = ["a", "b"].map(|node| fleet.open(node, NodeRole::Proxy, now));
+    let at = |seq| Progress {
+        handed: Some(seq),
+        acked: seq,
+        mesh_acked: Some(seq),
+        ..Progress::default()
+    };
+    for id in ids {
+        fleet.progress(id, at(1), now);
+    }
+    assert!(!fleet.progress(ids[0], at(2), now));
+    assert!(!fleet.all_handed(2));
+    assert!(fleet.progress(ids[1], at(2), now));
+    assert!(fleet.all_handed(2));
+    assert!(!fleet.progress(ids[1], at(2), now), "no further");
+    let rejecting = Progress {
+        rejected: ["u".into()].into(),
+        ..at(2)
+    };
+    assert!(fleet.progress(ids[0], rejecting, now));
+    assert!(!fleet.known(now).unwrap().hold("u", 2));
+    fleet.progress(ids[1], at(3), now);
+    fleet.close(ids[0], now);
+    assert!(fleet.all_handed(3), "one that is gone holds up nobody");
 }
 
 #[test]

@@ -34,6 +34,49 @@ spec: {nodeName: n, containers: [{name: c}]}
 ";
 
 #[test]
+fn what_follows_is_what_would_be_built_anew() {
+    const MESH: &str = MESH_LABEL;
+    let odd = POD.replace("uid: u", "uid: u, labels: {warren-mesh.io/mesh: maybe}");
+    let steps = [
+        objects(None, POD),
+        objects(Some((MESH, "enabled")), POD),
+        objects(Some((MESH, "enabled")), &odd),
+        objects(Some((MODE_LABEL, "Strict")), &odd),
+    ];
+    let mut before: Option<(Objects, Model)> = None;
+    for mut now in steps {
+        for round in 0..3 {
+            // Another pod comes and goes, the rest are the same manifests.
+            let other = ("demo".to_owned(), "other".to_owned());
+            match round {
+                1 => {
+                    let other_pod = POD
+                        .replace("name: web", "name: other")
+                        .replace("uid: u", "uid: v");
+                    let pod: k8s::Pod = serde_norway::from_str(&other_pod).unwrap();
+                    now.pods.insert(other, pod.into());
+                }
+                _ => drop(now.pods.remove(&other)),
+            }
+            let anew = build(&now, &settings());
+            if let Some((old_objects, old)) = &before {
+                assert_eq!(rebuild(&now, &settings(), (old_objects, old)), anew);
+            }
+            before = Some((now.clone(), anew));
+        }
+    }
+    let (_, model) = before.unwrap();
+    assert!(!model.warnings.is_empty());
+    let quiet = self::objects(None, POD);
+    let first = build(&quiet, &settings());
+    let next = rebuild(&quiet, &settings(), (&quiet, &first));
+    assert!(
+        Arc::ptr_eq(&first.pods["u"], &next.pods["u"]),
+        "not built again"
+    );
+}
+
+#[test]
 fn a_mode_that_does_not_exist_is_strict() {
     let model = build(&objects(Some((MODE_LABEL, "Strict")), POD), &settings());
     assert_eq!(model.pods["u"].mode, Mode::Strict);

@@ -58,6 +58,17 @@ fn golden() {
     assert_eq!(text.len(), golden.len());
 }
 
+/// As the first snapshot of a process, but after `previous`.
+fn build(
+    model: &Model,
+    enrolment: &Enrolment,
+    trust_bundle: &[Vec<u8>],
+    previous: &Snapshot,
+) -> Snapshot {
+    let model = Arc::new(model.clone());
+    Builder::default().build(&model, enrolment, trust_bundle, previous)
+}
+
 #[test]
 fn an_unchanged_table_is_shared_and_a_small_edit_is_a_small_change() {
     let enrolment = enrolment();
@@ -286,4 +297,72 @@ fn ips(addresses: &[Bytes]) -> String {
         .map(|a| address_from_bytes(a).unwrap().to_string())
         .collect();
     texts.join(",")
+}
+
+#[test]
+fn what_is_used_again_is_what_would_be_made_anew() {
+    let mut builder = Builder::default();
+    let mut before = Snapshot::default();
+    let edits = [
+        ("", ""),
+        ("ports: \"25\"", "ports: \"26\""),
+        ("weight: 9", "weight: 8"),
+        ("10.1.2.2", "10.1.2.9"),
+    ];
+    let stored = ["\"tunnel\"", "\"enforced\"", "\"leaving\""];
+    for (edit, (old, new)) in edits.into_iter().enumerate() {
+        let model = Arc::new(model(&MANIFESTS.replace(old, new)));
+        for phase in stored {
+            let stored = serde_json::from_str(&STORED.replace("\"tunnel\"", phase)).unwrap();
+            let enrolment = Enrolment::restore(&stored);
+            let next = builder.build(&model, &enrolment, &[], &before);
+            let anew = build(&model, &enrolment, &[], &Snapshot::default());
+            let tables = |s: &Snapshot| {
+                let tables = [&s.workloads, &s.services, &s.slices, &s.routes, &s.mesh];
+                (tables.map(Arc::clone), s.node_pods.clone())
+            };
+            assert_eq!(tables(&next), tables(&anew), "edit {edit}, {phase}");
+            // And the record of changes leads from the table before to this one.
+            if before.seq > 0 {
+                let names = next.workload_changes.since(before.seq).unwrap();
+                let names: BTreeSet<_> = names.cloned().collect();
+                let differ =
+                    |uid: &&Arc<str>| before.workloads.get(*uid) != next.workloads.get(*uid);
+                let all: BTreeSet<_> = before
+                    .workloads
+                    .keys()
+                    .chain(next.workloads.keys())
+                    .collect();
+                let should: BTreeSet<_> = all.into_iter().filter(differ).cloned().collect();
+                assert_eq!(names, should, "edit {edit}, {phase}");
+            }
+            before = next;
+        }
+    }
+}
+
+#[test]
+fn changes_of_long_ago_are_not_on_record() {
+    let table = |version: u64| {
+        let resource = Resource {
+            version: version.to_string().into(),
+            body: Bytes::new(),
+        };
+        Arc::new(Table::from([("a".into(), Arc::new(resource))]))
+    };
+    let names = |changes: &super::Changes, seq| changes.since(seq).map(|names| names.count());
+    let mut changes = super::Changes::default();
+    assert_eq!(
+        names(&changes, 0),
+        None,
+        "nothing is known of what was before"
+    );
+    let newest = MAX_CHANGED as u64 + 10;
+    for seq in 1..=newest {
+        changes = changes.next(seq, &table(seq - 1), &table(seq));
+    }
+    assert_eq!(names(&changes, newest), Some(0));
+    assert_eq!(names(&changes, newest - 3), Some(3));
+    assert_eq!(names(&changes, 10), Some(MAX_CHANGED));
+    assert_eq!(names(&changes, 9), None);
 }

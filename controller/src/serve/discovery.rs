@@ -1,11 +1,14 @@
 //! Discovery streams: one task per stream joins a [`Session`] to the transport.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::future::BoxFuture;
 use mesh_api::identity::{NodeIdentity, NodeRole};
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -19,6 +22,8 @@ pub(super) struct DiscoveryService {
     pub(super) hub: Arc<Hub>,
     /// Turns true when the controller stops.
     pub(super) stop: watch::Receiver<bool>,
+    /// Who may be sent first tables.
+    pub(super) turns: Arc<Semaphore>,
 }
 
 #[tonic::async_trait]
@@ -39,6 +44,7 @@ impl AggregatedDiscoveryService for DiscoveryService {
             guard,
             outbound,
             stop: self.stop.clone(),
+            turn: Turn::new(self.turns.clone()),
         };
         // Ends with its transport: reading fails then. Its guard goes with it.
         tokio::spawn(stream.run(request.into_inner()));
@@ -53,6 +59,57 @@ struct Stream {
     guard: StreamGuard,
     outbound: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     stop: watch::Receiver<bool>,
+    turn: Turn,
+}
+
+/// A stream's turn to be sent its first tables. When a thousand nodes come at once, those served first have
+/// it early, and what is under way to the others does not fill the memory.
+struct Turn {
+    turns: Arc<Semaphore>,
+    /// Kept while the stream waits, as its place in the queue.
+    waiting: Option<BoxFuture<'static, Result<OwnedSemaphorePermit, AcquireError>>>,
+    held: Option<OwnedSemaphorePermit>,
+    /// A client that reads slowly must not keep the others waiting: from then on it goes on beside them.
+    ends: Option<Instant>,
+}
+
+impl Turn {
+    fn new(turns: Arc<Semaphore>) -> Self {
+        Self {
+            turns,
+            waiting: None,
+            held: None,
+            ends: None,
+        }
+    }
+
+    /// Whether first tables may be sent now; `has_one`: there is one to send.
+    fn may_send(&mut self, has_one: bool) -> bool {
+        if !has_one {
+            (self.waiting, self.held, self.ends) = (None, None, None);
+        } else if self.ends.is_none() && self.waiting.is_none() {
+            self.waiting = Some(Box::pin(self.turns.clone().acquire_owned()));
+        }
+        self.waiting.is_none()
+    }
+
+    /// Waits until it begins or ends. Cancel safe.
+    async fn changes(&mut self) {
+        if let Some(waiting) = &mut self.waiting {
+            // The semaphore is never closed.
+            self.held = waiting.await.ok();
+            self.waiting = None;
+            self.ends = Some(Instant::now() + TURN);
+            return;
+        }
+        match self.ends.filter(|_| self.held.is_some()) {
+            Some(end) => {
+                tokio::time::sleep_until(end).await;
+                self.held = None;
+            }
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl Stream {
@@ -77,11 +134,14 @@ impl Stream {
         let (mut snapshots, mut stop) = (self.hub.snapshots(), self.stop.clone());
         loop {
             let snapshot = snapshots.borrow_and_update().clone();
+            let may_send = self.turn.may_send(self.session.has_first_tables_to_send());
+            self.session.hold_back(!may_send);
             self.send(&snapshot)?;
             self.guard.progress(self.session.progress());
             tokio::select! {
                 // The hub lives as long as `self`.
                 _ = snapshots.changed() => {}
+                () = self.turn.changes() => {}
                 () = stopped(&mut stop) => {
                     return Err(Status::unavailable("the controller is stopping"));
                 }
@@ -176,5 +236,9 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
+/// Streams that are sent first tables at the same time.
+pub(super) const TURNS: usize = 16;
+/// How long the others wait for one of them.
+const TURN: Duration = Duration::from_secs(10);
 /// One response per type may be in flight.
 const BUFFER: usize = 8;

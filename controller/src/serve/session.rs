@@ -5,12 +5,18 @@
 //! or rejected by it. Warren's own: of each type one response is in flight, and the next is made from the
 //! newest snapshot when its answer is here. So a slow client skips states and never builds a queue.
 //!
+//! Cheap by design, since every change is looked at for every node: of the large tables only what changed since
+//! the stream looked last is compared; what the client holds of a whole table is one reference to it; and a first
+//! table is finished as it was begun, whatever changes meanwhile.
+//!
 //! Invariant: `sent` is what the client holds, or will hold once it has read what is in flight. A rejected
 //! resource is not repeated until it changes.
 
+mod sent;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use mesh_api::identity::NodeRole;
@@ -18,9 +24,10 @@ use mesh_api::proto::Resource as _;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use mesh_api::proto::mesh;
 
-use self::view::View;
+use self::sent::Sent;
+use self::view::{Compared, View};
 use crate::enrolment::Progress;
-use crate::resources::Snapshot;
+use crate::resources::{Resource as Encoded, Snapshot};
 
 /// The types of resources, in the order they are sent: parents before children.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -122,6 +129,8 @@ pub(crate) struct Session {
     role: NodeRole,
     nonce: u64,
     subscriptions: BTreeMap<Kind, Subscription>,
+    /// Nothing that may be large is to be sent now.
+    held_back: bool,
 }
 
 #[derive(Debug, Default)]
@@ -131,13 +140,16 @@ struct Subscription {
     names: BTreeSet<String>,
     /// What each of those was last answered with: a resource's name, or that there is none.
     answered: HashMap<String, Option<Arc<str>>>,
-    /// Name -> version.
-    sent: HashMap<Arc<str>, Arc<str>>,
+    sent: Sent,
+    /// Counts how often a name was added to `sent`, or removed from it.
+    changed_names: u64,
+    /// A first table that is not all sent: whose it is, and the last name that was.
+    first: Option<(Arc<Snapshot>, Arc<str>)>,
     /// The first request of a type is answered even if the client holds everything: it learns so.
     owed: bool,
     in_flight: Option<InFlight>,
     /// The snapshot that was last compared, unless the subscription changed since.
-    compared: Option<Arc<Snapshot>>,
+    compared: Option<Compared>,
     handed: u64,
     acked: u64,
     rejected: BTreeSet<Arc<str>>,
@@ -158,6 +170,7 @@ impl Session {
             role,
             nonce: 0,
             subscriptions: BTreeMap::new(),
+            held_back: false,
         }
     }
 
@@ -185,10 +198,7 @@ impl Session {
             subscription.wildcard = request.resource_names_subscribe.is_empty();
             subscription.owed = true;
             let held = request.initial_resource_versions;
-            subscription.sent = held
-                .into_iter()
-                .map(|(n, v)| (Arc::from(n), Arc::from(v)))
-                .collect();
+            subscription.sent = held.into_iter().collect();
         }
         subscription.subscribe(request.resource_names_subscribe)?;
         subscription.unsubscribe(&request.resource_names_unsubscribe);
@@ -214,19 +224,19 @@ impl Session {
             if follows_services && services_pending() {
                 continue;
             }
-            let services = follows_services
-                .then(|| self.subscriptions.get(&Kind::Service))
-                .flatten()
-                .map(|s| s.sent.keys().cloned().collect())
-                .unwrap_or_default();
+            if self.held_back && !matches!(kind, Kind::MeshConfig | Kind::NodePod) {
+                continue;
+            }
+            let Some(mut subscription) = self.subscriptions.remove(&kind) else {
+                continue;
+            };
             let view = View {
                 snapshot,
                 node: &self.node,
                 kind,
-                services,
-            };
-            let Some(subscription) = self.subscriptions.get_mut(&kind) else {
-                continue;
+                services: follows_services
+                    .then(|| self.subscriptions.get(&Kind::Service))
+                    .flatten(),
             };
             if let Some(mut response) = subscription.next(&view) {
                 self.nonce += 1;
@@ -236,8 +246,21 @@ impl Session {
                 }
                 responses.push((kind, response));
             }
+            self.subscriptions.insert(kind, subscription);
         }
         responses
+    }
+
+    /// Whether the first tables are on their way: asked for and not acknowledged as a whole.
+    pub(crate) fn has_first_tables_to_send(&self) -> bool {
+        let large = [Kind::Workload, Kind::Service];
+        let mut large = large.iter().filter_map(|kind| self.subscriptions.get(kind));
+        large.any(|s| s.first.is_some() || s.acked == 0)
+    }
+
+    /// Sends nothing that may be large until it is called with false.
+    pub(crate) fn hold_back(&mut self, hold: bool) {
+        self.held_back = hold;
     }
 
     /// How far the client is.
@@ -261,6 +284,7 @@ impl Subscription {
     fn subscribe(&mut self, names: Vec<String>) -> Result<(), Violation> {
         for name in names {
             self.compared = None;
+            self.break_off_first();
             if name == "*" {
                 self.wildcard = true;
                 continue;
@@ -281,6 +305,7 @@ impl Subscription {
             return;
         }
         self.compared = None;
+        self.break_off_first();
         for name in names {
             self.answered.remove(name);
             self.names.remove(name);
@@ -288,7 +313,8 @@ impl Subscription {
         self.wildcard &= !names.iter().any(|n| n == "*");
         if !self.wildcard {
             let kept: BTreeSet<_> = self.answered.values().flatten().cloned().collect();
-            self.sent.retain(|name, _| kept.contains(name));
+            self.sent.retain(|name| kept.contains(name));
+            self.changed_names += 1;
         }
     }
 
@@ -325,17 +351,24 @@ impl Subscription {
             return None;
         }
         let seq = view.snapshot.seq;
+        if let Some((snapshot, after)) = self.first.take() {
+            return Some(self.part_of_first(&view.of(&snapshot), Some(after)));
+        }
         if !self.owed && self.compared.as_ref().is_some_and(|old| view.same_as(old)) {
+            self.compared = Some(view.compared());
             (self.handed, self.acked) = (seq, seq);
             return None;
         }
-        let wanted = view.wanted(self);
-        let mut removed: BTreeSet<String> = self
-            .sent
-            .keys()
-            .filter(|name| !wanted.contains_key(*name))
-            .map(|name| name.to_string())
-            .collect();
+        if view.kind == Kind::Workload && self.is_for_all() && self.sent.is_empty() {
+            return Some(self.part_of_first(view, None));
+        }
+        let changed = (self.compared.as_ref())
+            .filter(|_| self.is_for_all())
+            .and_then(|old| view.changed_since(old));
+        let (wanted, mut removed) = match &changed {
+            Some(names) => self.changes(view, names),
+            None => self.everything(view),
+        };
         let mut renewed: HashMap<Arc<str>, Vec<String>> = HashMap::new();
         for name in &self.names {
             let resolved = view.resolve(name).filter(|r| wanted.contains_key(r));
@@ -352,11 +385,11 @@ impl Subscription {
                 self.answered.insert(name.clone(), resolved);
             }
         }
-        let mut resources = Vec::new();
+        let (mut resources, mut sent) = (Vec::new(), Vec::new());
         let (mut names, mut size, mut complete) = (Vec::new(), 0, true);
         for (name, resource) in &wanted {
-            let known = self.sent.get(name).is_some_and(|v| *v == resource.version);
-            if known && !renewed.contains_key(name) {
+            let known = self.sent.version(name);
+            if known == Some(&resource.version) && !renewed.contains_key(name) {
                 continue;
             }
             if size > 0 && size + resource.body.len() > MAX_BYTES {
@@ -371,23 +404,19 @@ impl Subscription {
             names.push(name.clone());
             let mut aliases = self.aliases(name);
             aliases.retain(|alias| **alias != **name);
-            resources.push(Resource {
-                version: resource.version.to_string(),
-                resource: Some(prost_types::Any {
-                    type_url: view.kind.type_url().into(),
-                    value: resource.body.to_vec(),
-                }),
-                name: name.to_string(),
-                aliases,
-            });
-            self.sent.insert(name.clone(), resource.version.clone());
+            resources.push(encoded(view.kind, name, resource, aliases));
+            sent.push((name, &resource.version));
         }
         for name in &removed {
-            self.sent.remove(name.as_str());
             self.rejected.remove(name.as_str());
         }
+        if complete && view.kind == Kind::Workload && self.is_for_all() {
+            self.sent = Sent::All(view.now());
+        } else {
+            self.changed_names += self.sent.update(sent, &removed);
+        }
         if complete {
-            self.compared = Some(view.snapshot.clone());
+            self.compared = Some(view.compared());
             self.handed = seq;
         }
         if resources.is_empty() && removed.is_empty() && !self.owed {
@@ -401,18 +430,84 @@ impl Subscription {
             names,
             completes: complete.then_some(seq),
         });
-        Some(DeltaDiscoveryResponse {
-            // A receiver must not take a part of the first table for all of it.
-            system_version_info: if complete {
-                seq.to_string()
-            } else {
-                format!("{seq}{}", mesh_api::client::delta::MORE)
-            },
-            resources,
-            type_url: view.kind.type_url().into(),
+        let removed = removed.into_iter().collect();
+        Some(response(view, resources, removed, complete))
+    }
+
+    /// Whether `*` is all that is asked for.
+    fn is_for_all(&self) -> bool {
+        self.wildcard && self.names.is_empty()
+    }
+
+    /// The next part of a table that the client holds nothing of.
+    fn part_of_first(
+        &mut self,
+        view: &View<'_>,
+        after: Option<Arc<str>>,
+    ) -> DeltaDiscoveryResponse {
+        let table = view.now();
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let (mut resources, mut names, mut size) = (Vec::new(), Vec::new(), 0);
+        let mut rest = table
+            .range::<Arc<str>, _>((from, Bound::Unbounded))
+            .peekable();
+        while let Some((name, resource)) =
+            rest.next_if(|(_, r)| size == 0 || size + r.body.len() <= MAX_BYTES)
+        {
+            size += resource.body.len() + name.len();
+            resources.push(encoded(view.kind, name, resource, Vec::new()));
+            names.push(name.clone());
+        }
+        let complete = rest.peek().is_none();
+        if complete {
+            self.sent = Sent::All(table.clone());
+            self.compared = Some(view.compared());
+            self.handed = view.snapshot.seq;
+        } else if let Some(last) = names.last() {
+            self.first = Some((view.snapshot.clone(), last.clone()));
+        }
+        self.owed = false;
+        self.in_flight = Some(InFlight {
             nonce: String::new(),
-            removed_resources: removed.into_iter().collect(),
-        })
+            names,
+            completes: complete.then_some(view.snapshot.seq),
+        });
+        response(view, resources, Vec::new(), complete)
+    }
+
+    /// What is asked for is another: the rest of a first table is compared like any other.
+    fn break_off_first(&mut self) {
+        if let Some((snapshot, last)) = self.first.take() {
+            let parts = snapshot.workloads.range::<Arc<str>, _>(..=last);
+            self.sent = parts
+                .map(|(name, resource)| (name.clone(), resource.version.clone()))
+                .collect();
+        }
+    }
+
+    /// What the client should hold of these names, and what of them it holds and should not.
+    fn changes(&self, view: &View<'_>, names: &BTreeSet<Arc<str>>) -> (Wanted, BTreeSet<String>) {
+        let table = view.now();
+        let (mut wanted, mut removed) = (Wanted::new(), BTreeSet::new());
+        for name in names {
+            match table.get(name).filter(|_| view.in_wildcard(name)) {
+                Some(resource) => drop(wanted.insert(name.clone(), resource.clone())),
+                None if self.sent.version(name).is_some() => {
+                    removed.insert(name.to_string());
+                }
+                None => {}
+            }
+        }
+        (wanted, removed)
+    }
+
+    /// The same of all there is.
+    fn everything(&self, view: &View<'_>) -> (Wanted, BTreeSet<String>) {
+        let wanted = view.wanted(self);
+        let held = self.sent.names();
+        let removed = held.filter(|name| !wanted.contains_key(*name));
+        let removed = removed.map(|name| name.to_string()).collect();
+        (wanted, removed)
     }
 
     /// The names under which a resource was asked for.
@@ -427,10 +522,47 @@ impl Subscription {
     }
 }
 
+/// Resources by name.
+type Wanted = BTreeMap<Arc<str>, Arc<Encoded>>;
+
+fn encoded(kind: Kind, name: &Arc<str>, resource: &Encoded, aliases: Vec<String>) -> Resource {
+    Resource {
+        version: resource.version.to_string(),
+        resource: Some(prost_types::Any {
+            type_url: kind.type_url().into(),
+            value: resource.body.to_vec(),
+        }),
+        name: name.to_string(),
+        aliases,
+    }
+}
+
+fn response(
+    view: &View<'_>,
+    resources: Vec<Resource>,
+    removed_resources: Vec<String>,
+    complete: bool,
+) -> DeltaDiscoveryResponse {
+    let seq = view.snapshot.seq;
+    DeltaDiscoveryResponse {
+        // A receiver must not take a part of the first table for all of it.
+        system_version_info: if complete {
+            seq.to_string()
+        } else {
+            format!("{seq}{}", mesh_api::client::delta::MORE)
+        },
+        resources,
+        type_url: view.kind.type_url().into(),
+        nonce: String::new(),
+        removed_resources,
+    }
+}
+
 /// Names one stream may ask for one by one, per type.
 const MAX_NAMES: usize = 50_000;
-/// What one response holds at most, unless a single resource is larger. Receivers take 4 MiB by default.
-const MAX_BYTES: usize = 2 * 1024 * 1024;
+/// What one response holds at most, unless a single resource is larger. The transport keeps a buffer of this size for
+/// each stream as long as it lives, at both ends.
+const MAX_BYTES: usize = 128 * 1024;
 
 #[cfg(test)]
 mod tests;

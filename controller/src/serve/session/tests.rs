@@ -67,6 +67,123 @@ fn a_large_table_comes_in_parts_and_counts_only_as_a_whole() {
     assert!(session.responses(&table).is_empty());
 }
 
+/// `snapshot` as the one that follows another, with the record of what changed.
+fn then(
+    before: &Snapshot,
+    workloads: impl IntoIterator<Item = (String, usize)>,
+    changed: &[&str],
+) -> Arc<Snapshot> {
+    let next = snapshot(before.seq + 1, workloads);
+    let workload_changes = before.workload_changes.with(next.seq, changed);
+    Arc::new(Snapshot {
+        workload_changes,
+        ..(*next).clone()
+    })
+}
+
+#[test]
+fn after_the_first_table_only_what_is_on_record_is_looked_at() {
+    let mut session = Session::new("n", NodeRole::Proxy);
+    session.request(subscribe(&["*"])).unwrap();
+    let first = snapshot(1, [("a".into(), 1), ("b".into(), 1), ("c".into(), 1)]);
+    let response = one(&mut session, &first);
+    session.request(answer(&response.nonce)).unwrap();
+    // `c` changed as well, but nothing says so.
+    let second = then(
+        &first,
+        [("a".into(), 2), ("c".into(), 2), ("d".into(), 1)],
+        &["a", "b", "d"],
+    );
+    let response = one(&mut session, &second);
+    let names: Vec<&str> = response.resources.iter().map(|r| &*r.name).collect();
+    assert_eq!(names, ["a", "d"]);
+    assert_eq!(response.removed_resources, ["b"]);
+    session.request(answer(&response.nonce)).unwrap();
+    assert_eq!(session.progress().acked, 2);
+    // Two at once; `e` came and went between them.
+    let third = then(
+        &second,
+        [("a".into(), 3), ("c".into(), 2)],
+        &["a", "d", "e"],
+    );
+    let fourth = then(&third, [("a".into(), 4), ("c".into(), 2)], &["a", "e"]);
+    let response = one(&mut session, &fourth);
+    assert_eq!(response.resources.len(), 1);
+    assert_eq!(response.resources[0].version, "v4");
+    assert_eq!(response.removed_resources, ["d"]);
+}
+
+#[test]
+fn a_first_table_is_finished_as_it_was_begun() {
+    let half = MAX_BYTES / 2 - 100;
+    let mut session = Session::new("n", NodeRole::Proxy);
+    session.request(subscribe(&["*"])).unwrap();
+    let first = snapshot(1, (0..5).map(|i| (format!("w{i}"), half)));
+    let response = one(&mut session, &first);
+    assert_eq!(response.resources.len(), 2);
+    session.request(answer(&response.nonce)).unwrap();
+    // Meanwhile the first one, which was sent, and the last one, which was not, change.
+    let sizes = [half - 1, half, half, half, half - 1];
+    let sizes = sizes.into_iter().enumerate();
+    let second = then(
+        &first,
+        sizes.map(|(i, s)| (format!("w{i}"), s)),
+        &["w0", "w4"],
+    );
+    let mut versions = BTreeMap::new();
+    for seq in [0, 1] {
+        let response = one(&mut session, &second);
+        versions.extend(response.resources.into_iter().map(|r| (r.name, r.version)));
+        assert_eq!(session.progress().acked, 0);
+        session.request(answer(&response.nonce)).unwrap();
+        assert_eq!(session.progress().acked, seq);
+    }
+    assert_eq!(versions["w4"], format!("v{half}"), "as it was");
+    let response = one(&mut session, &second);
+    let names: Vec<&str> = response.resources.iter().map(|r| &*r.name).collect();
+    assert_eq!(names, ["w0", "w4"]);
+    session.request(answer(&response.nonce)).unwrap();
+    assert_eq!(session.progress().acked, 2);
+    assert!(session.responses(&second).is_empty());
+}
+
+#[test]
+fn a_first_table_that_is_broken_off_goes_on_with_what_is_asked_for_then() {
+    let half = MAX_BYTES / 2 - 100;
+    let mut session = Session::new("n", NodeRole::Proxy);
+    session.request(subscribe(&["*"])).unwrap();
+    let table = snapshot(1, (0..3).map(|i| (format!("w{i}"), half)));
+    let response = one(&mut session, &table);
+    assert_eq!(response.resources.len(), 2);
+    session.request(answer(&response.nonce)).unwrap();
+    session.request(subscribe(&["w1"])).unwrap();
+    let response = one(&mut session, &table);
+    let names: BTreeSet<&str> = response.resources.iter().map(|r| &*r.name).collect();
+    assert_eq!(
+        names,
+        ["w1", "w2"].into(),
+        "the rest, and what was asked for"
+    );
+}
+
+#[test]
+fn what_is_large_waits_while_it_is_held_back() {
+    let mut session = Session::new("n", NodeRole::Proxy);
+    session.request(subscribe(&["*"])).unwrap();
+    let table = snapshot(1, [("a".into(), 1)]);
+    session.hold_back(true);
+    assert!(session.responses(&table).is_empty());
+    assert!(session.has_first_tables_to_send());
+    session.hold_back(false);
+    let response = one(&mut session, &table);
+    assert!(
+        session.has_first_tables_to_send(),
+        "until it is acknowledged"
+    );
+    session.request(answer(&response.nonce)).unwrap();
+    assert!(!session.has_first_tables_to_send());
+}
+
 #[test]
 fn a_resource_larger_than_a_part_travels_alone() {
     let mut session = Session::new("n", NodeRole::Proxy);

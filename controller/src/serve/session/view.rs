@@ -12,11 +12,41 @@ pub(super) struct View<'a> {
     pub(super) snapshot: &'a Arc<Snapshot>,
     pub(super) node: &'a str,
     pub(super) kind: Kind,
-    /// For what follows them: the Services this stream has been sent.
-    pub(super) services: BTreeSet<Arc<str>>,
+    /// For what follows them: the subscription to Services.
+    pub(super) services: Option<&'a Subscription>,
+}
+
+/// What a subscription was last compared with.
+#[derive(Debug)]
+pub(super) struct Compared {
+    pub(super) snapshot: Arc<Snapshot>,
+    /// [`Subscription::changed_names`] of the Services.
+    services: u64,
 }
 
 impl View<'_> {
+    /// The same of another snapshot.
+    pub(super) fn of<'b>(&'b self, snapshot: &'b Arc<Snapshot>) -> View<'b> {
+        View {
+            snapshot,
+            node: self.node,
+            kind: self.kind,
+            services: self.services,
+        }
+    }
+
+    pub(super) fn compared(&self) -> Compared {
+        Compared {
+            snapshot: self.snapshot.clone(),
+            services: self.services.map_or(0, |s| s.changed_names),
+        }
+    }
+
+    /// This type's resources.
+    pub(super) fn now(&self) -> Arc<Table> {
+        self.table(self.snapshot)
+    }
+
     fn table(&self, snapshot: &Snapshot) -> Arc<Table> {
         match self.kind {
             Kind::MeshConfig => snapshot.mesh.clone(),
@@ -35,27 +65,43 @@ impl View<'_> {
     }
 
     /// Whether `old` holds the same for this node. May say no where it does.
-    pub(super) fn same_as(&self, old: &Snapshot) -> bool {
-        let services_same = || {
-            Arc::ptr_eq(&old.services, &self.snapshot.services)
-                && Arc::ptr_eq(&old.namespaces_of_node, &self.snapshot.namespaces_of_node)
+    pub(super) fn same_as(&self, old: &Compared) -> bool {
+        let Compared {
+            snapshot: old,
+            services,
+        } = old;
+        let same_table = Arc::ptr_eq(&self.table(old), &self.now());
+        let same_scope = || {
+            Arc::ptr_eq(&old.namespaces_of_node, &self.snapshot.namespaces_of_node)
                 && Arc::ptr_eq(&old.concerns, &self.snapshot.concerns)
+                && old.services_complete == self.snapshot.services_complete
         };
-        let table = self.table(old);
-        let same_table = Arc::ptr_eq(&table, &self.table(self.snapshot));
+        let same_services = || self.services.is_none_or(|s| s.changed_names == *services);
         match self.kind {
             Kind::MeshConfig | Kind::Workload => same_table,
-            Kind::NodePod => {
-                same_table || (table.is_empty() && self.table(self.snapshot).is_empty())
-            }
-            Kind::Service => services_same(),
-            // Which Services were sent can change by a subscription too.
-            kind if kind.follows_services(self.snapshot) => false,
-            Kind::EndpointSlice => false,
+            Kind::NodePod => same_table || (self.table(old).is_empty() && self.now().is_empty()),
+            Kind::Service => same_table && same_scope(),
+            Kind::EndpointSlice => same_table && same_services(),
             Kind::Route | Kind::BackendTrafficPolicy | Kind::TrafficPolicy => {
-                same_table && old.services_complete
+                same_table && same_scope() && same_services()
             }
         }
+    }
+
+    /// The names that may be others than they were in `old`, if the rest is known to be the same.
+    pub(super) fn changed_since(&self, old: &Compared) -> Option<BTreeSet<Arc<str>>> {
+        let changes = match self.kind {
+            Kind::Workload => &self.snapshot.workload_changes,
+            Kind::EndpointSlice => {
+                let services = self.services.map_or(0, |s| s.changed_names);
+                if services != old.services {
+                    return None;
+                }
+                &self.snapshot.slice_changes
+            }
+            _ => return None,
+        };
+        Some(changes.since(old.snapshot.seq)?.cloned().collect())
     }
 
     /// The resource a subscribed name means.
@@ -104,7 +150,7 @@ impl View<'_> {
     }
 
     /// Whether `*` means the resource.
-    fn in_wildcard(&self, name: &Arc<str>) -> bool {
+    pub(super) fn in_wildcard(&self, name: &Arc<str>) -> bool {
         match self.kind {
             Kind::MeshConfig | Kind::NodePod | Kind::Workload => true,
             Kind::Service => {
@@ -118,9 +164,15 @@ impl View<'_> {
             }
             Kind::EndpointSlice => {
                 let service = self.snapshot.service_of_slice.get(name);
-                service.is_some_and(|s| self.services.contains(s))
+                service.is_some_and(|s| self.was_sent(s))
             }
         }
+    }
+
+    /// Whether this stream was sent a Service.
+    fn was_sent(&self, service: &str) -> bool {
+        self.services
+            .is_some_and(|s| s.sent.version(service).is_some())
     }
 
     /// Whether a namespace has a pod on the node.
@@ -145,6 +197,6 @@ impl View<'_> {
         };
         let namespace = namespaced.and_then(|n| n.split_once('/'));
         namespace.is_some_and(|(namespace, _)| self.is_on_node(namespace))
-            || services.is_some_and(|all| all.iter().any(|s| self.services.contains(s)))
+            || services.is_some_and(|all| all.iter().any(|s| self.was_sent(s)))
     }
 }
