@@ -102,7 +102,9 @@ fn healthy() -> Facts {
             ),
         ],
         pods,
-        policies: Vec::new(),
+        policies: vec![object(json!({
+            "metadata": {"namespace": "demo", "name": "open"}, "spec": {"podSelector": {}, "ingress": [{}]},
+        }))],
         crds: vec![
             object(crd("trafficpolicies.warren-mesh.io", "")),
             object(crd("httproutes.gateway.networking.k8s.io", "v1.6.1")),
@@ -225,10 +227,6 @@ const FAULTS: &[(&str, &str, Fault)] = &[
         "network-policies",
         "demo/deny: ingress of 1 pods: web",
         |f| {
-            // One that refuses nothing is not named.
-            f.policies.push(object(json!({
-            "metadata": {"namespace": "demo", "name": "open"}, "spec": {"podSelector": {}, "ingress": [{}]},
-        })));
             f.policies.push(object(json!({
             "metadata": {"namespace": "demo", "name": "deny"},
             "spec": {"podSelector": {"matchExpressions": [{"key": "app", "operator": "In", "values": ["web"]}]}},
