@@ -47,6 +47,15 @@ impl CpuGroup {
         }
     }
 
+    /// For how many periods the group had used up its share. Panics if that is not said.
+    #[track_caller]
+    pub fn throttled(&self) -> u64 {
+        let stat = read(&self.path.join("cpu.stat").display().to_string());
+        let of = |line: &str| line.strip_prefix("nr_throttled ")?.parse().ok();
+        let count = stat.lines().find_map(of);
+        count.unwrap_or_else(|| panic!("{}: {stat}", self.path.display()))
+    }
+
     /// The command line that runs `command` inside.
     pub fn around(&self, command: &[&str]) -> Vec<String> {
         let enter = format!(

@@ -63,6 +63,20 @@ fn lines(command: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// Processor time of a process, and how long its threads have waited for a processor.
+pub fn scheduled(pid: u32) -> [Duration; 2] {
+    let mut all = [Duration::ZERO; 2];
+    for thread in entries(&format!("/proc/{pid}/task")) {
+        // A thread may end meanwhile.
+        let of = fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat"));
+        let of = of.unwrap_or_default();
+        for (sum, nanos) in all.iter_mut().zip(of.split(' ')) {
+            *sum += Duration::from_nanos(nanos.parse().unwrap_or(0));
+        }
+    }
+    all
+}
+
 /// Namespaces, processes, mounts and files that a lab left.
 pub fn leftovers(lab: &LabFootprint) -> Vec<String> {
     let mut left = Vec::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use warren_tests::cgroup::CpuGroup;
-use warren_tests::host::{allocated_kib, status_field};
+use warren_tests::host::{allocated_kib, scheduled, status_field};
 use warren_tests::http::{HTTP, RequestReport, requests_within};
 use warren_tests::lab::{Lab, Options};
 use warren_tests::load::{NoiseReport, Running};
@@ -109,10 +109,19 @@ impl<'a> Beside<'a> {
         let_run(Duration::from_secs(1));
         let url = format!("http://web:{HTTP}/");
         let args = [&url, "--rate", "300", "--seconds", "4"];
+        let workers = NODES.map(|node| lab.worker(node));
+        let before = workers.map(scheduled);
+        let throttled = self.quiet.throttled();
         let report = requests_within(lab, (of, "quiet"), &self.quiet, &args);
+        for (worker, before) in workers.into_iter().zip(before) {
+            let [ran, waited] = [0, 1].map(|n| scheduled(worker)[n] - before[n]);
+            println!("  a proxy worked for {ran:.1?} and waited {waited:.1?} for a processor");
+        }
+        let throttled = self.quiet.throttled() - throttled;
         let noise = noise.map(Running::stop::<NoiseReport>);
         println!(
-            "  {of} {kinds:?}: p50 {:.2} ms, p99 {:.2} ms, slowest {:.1} ms, lag {:.1} ms; {noise:?}",
+            "  {of} {kinds:?}: p50 {:.2} ms, p99 {:.2} ms, slowest {:.1} ms, lag {:.1} ms, \
+             {throttled} periods without processor; {noise:?}",
             report.p50_ms, report.p99_ms, report.slowest_ms, report.lag_ms
         );
         report.expect_no_failure(&format!("the quiet workload of {of} beside {kinds:?}"));
