@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use mesh_api::proto::broker::{Family, Listener};
 use mesh_api::proto::control::PodState;
 use mesh_api::proto::mesh::NodePod;
 use serde_json::json;
-use support::apps::{Call, serve, serve_udp, udp_echoes};
+use support::apps::{Call, greet, serve, serve_udp, udp_echoes};
 use support::controller::FakeController;
 use support::proxy::Proxy;
 use support::runtime::{Network, addresses};
@@ -180,6 +180,49 @@ fn new_connections_of_a_meshed_pod_are_captured_and_delivered_transparently() {
             assert_eq!(left, Vec::<String>::new(), "before: {before}");
         },
     );
+}
+
+#[test]
+fn a_port_is_open_while_an_ended_connection_waits() {
+    on_a_node("a_port_is_open_while_an_ended_connection_waits", |world| {
+        let Mesh {
+            controller,
+            agent,
+            proxy,
+            config: _,
+        } = mesh(&world);
+        let network = Network::new(&world, "bridge", "1.0.0");
+        let direct = controller.pod("web", false);
+        controller.pod("client", false);
+        let (web, client) = (world.sandbox("web"), world.sandbox("client"));
+        let web_addresses = addresses(&network.add(&web, "web").unwrap());
+        let client_addresses = addresses(&network.add(&client, "client").unwrap());
+        greet(&web, 8080);
+        let call = |web_address: &IpAddr, client_address: &IpAddr| {
+            let to = SocketAddr::new(*web_address, 8080);
+            Call::open_from(&client, to, Some(SocketAddr::new(*client_address, 40_000)))
+        };
+        let pairs: Vec<_> = web_addresses.iter().zip(&client_addresses).collect();
+        for (web_address, client_address) in &pairs {
+            assert!(call(web_address, client_address).unwrap().ends());
+        }
+        let waiting = || web.exec("ss", &["-tanH", "state", "time-wait", "sport", "= :8080"]);
+        eventually("the ended connections wait", || {
+            waiting().lines().count() == pairs.len()
+        });
+        agent.says(NodePod {
+            enrolled: true,
+            ..direct
+        });
+        eventually("enrolled", || {
+            controller.state_of("web") == Some(PodState::Ready)
+        });
+        // Of the same ports as those.
+        for (web_address, client_address) in &pairs {
+            assert!(call(web_address, client_address).unwrap().ends());
+        }
+        assert_eq!(proxy.accepted().len(), pairs.len());
+    });
 }
 
 #[test]

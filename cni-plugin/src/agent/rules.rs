@@ -93,9 +93,10 @@ impl Ruleset {
                         ports(&exclusions.outbound),
                     ),
                     format!("{to_the_pod}{first} redirect to :{INBOUND_PORT}\n"),
-                    // `wildcard` is 0 or 1 where a socket is found.
+                    // `transparent` is 0 or 1 where a socket is found, also one in TIME_WAIT, which takes a SYN; `wildcard`
+                    // and `mark` match none of those.
                     format!(
-                        "{to_the_pod}{first} socket wildcard <= 1 return\n\
+                        "{to_the_pod}{first} socket transparent <= 1 return\n\
                          {first} reject with tcp reset\n"
                     ),
                 )

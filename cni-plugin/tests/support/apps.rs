@@ -1,6 +1,6 @@
 //! Apps in pods: threads that have entered the pod's namespace.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -36,6 +36,20 @@ pub fn serve(pod: &Sandbox, port: u16) {
                 }
                 Ok(())
             });
+        }
+    });
+}
+
+/// Greets each caller, and ends the connection first.
+pub fn greet(pod: &Sandbox, port: u16) {
+    let listener = inside(pod, move || {
+        TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).unwrap()
+    });
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let caller = stream.peer_addr().unwrap().ip().to_canonical();
+            writeln!(stream, "{caller}").unwrap();
         }
     });
 }
@@ -112,6 +126,11 @@ impl Call {
             reader,
             seen,
         })
+    }
+
+    /// Waits for the other end to end it, which it does first.
+    pub fn ends(mut self) -> bool {
+        self.reader.read_to_end(&mut Vec::new()).is_ok()
     }
 
     pub fn works(&mut self) -> bool {

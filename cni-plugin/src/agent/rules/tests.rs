@@ -34,7 +34,7 @@ fn exclusions_come_before_the_redirect() {
         tcp flags & (syn | ack | rst | fin) == syn redirect to :15006\n";
     assert!(text.contains(inbound), "{text}");
     let closed = "tcp dport { 22, 9090, 15008 } return\n\
-        tcp flags & (syn | ack | rst | fin) == syn socket wildcard <= 1 return\n\
+        tcp flags & (syn | ack | rst | fin) == syn socket transparent <= 1 return\n\
         tcp flags & (syn | ack | rst | fin) == syn reject with tcp reset\n";
     assert!(text.contains(closed), "{text}");
     assert!(!text.contains("udp"));
