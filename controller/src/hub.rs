@@ -278,9 +278,7 @@ impl Hub {
             }
             // Nearly all reports repeat the one before, and there are many.
             if news {
-                let records = enrolment.records();
-                let failed = records.filter(|(_, r)| r.failure.is_some()).count();
-                self.metrics.enrolment_failures.set(failed as i64);
+                self.count_failures(&core);
                 self.advance(&mut core, false);
                 let seq = core.snapshot.seq;
                 core.caused.insert(node.into(), seq);
@@ -448,6 +446,14 @@ impl Hub {
                 .set(count as i64);
         }
         self.metrics.trusted_roots.set(core.bundle.len() as i64);
+        // One of a pod that is gone is none any more.
+        self.count_failures(core);
+    }
+
+    fn count_failures(&self, core: &Core) {
+        let records = core.enrolment.records();
+        let failed = records.filter(|(_, r)| r.failure.is_some()).count();
+        self.metrics.enrolment_failures.set(failed as i64);
     }
 }
 

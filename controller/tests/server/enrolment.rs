@@ -111,6 +111,27 @@ async fn a_pod_leaves_only_when_every_node_knows_it() {
 }
 
 #[tokio::test]
+async fn a_failure_counts_until_it_is_over_or_its_pod_is_gone() {
+    let lab = Lab::start(DEMO).await;
+    let mut agent = lab.agent("node-1").await;
+    agent.register(WEB, "web", [10, 1, 1, 2]).await.unwrap();
+    let failures = || lab.metric("warren_controller_enrolment_failures");
+    for (state, expected) in [
+        (PodState::Failed, 1.),
+        (PodState::Failed, 1.),
+        (PodState::Ready, 0.),
+        (PodState::Failed, 1.),
+    ] {
+        agent.report(&[(WEB, state)]).await;
+        assert_eq!(failures(), expected);
+    }
+    lab.edit(WEB, "00000000-0000-0000-0000-0000000000cc");
+    lab.until("another pod", |status| !status.to_string().contains(WEB))
+        .await;
+    assert_eq!(failures(), 0.);
+}
+
+#[tokio::test]
 async fn a_restart_of_the_controller_changes_nothing() {
     let lab = Lab::start(DEMO).await;
     let (mut one, mut two) = proxies(&lab).await;
