@@ -191,7 +191,10 @@ impl Enrolment {
                 ready: false,
                 gone: false,
             };
-            enrolment.insert(uid.as_str().into(), record);
+            let uid = Arc::<str>::from(uid.as_str());
+            let of_node = enrolment.of_node.entry(pod.node.clone()).or_default();
+            of_node.insert(uid.clone());
+            enrolment.records.insert(uid, record);
         }
         enrolment
     }
@@ -387,18 +390,14 @@ impl Enrolment {
     }
 
     fn record_of(&mut self, pod: &Pod) -> &mut Record {
-        if !self.records.contains_key(&pod.uid) {
-            self.insert(pod.uid.clone(), Record::new(&pod.node));
-        }
-        (self.records)
-            .entry(pod.uid.clone())
-            .or_insert_with(|| Record::new(&pod.node))
-    }
-
-    fn insert(&mut self, uid: Arc<str>, record: Record) {
-        let of_node = self.of_node.entry(record.node.clone()).or_default();
-        of_node.insert(uid.clone());
-        self.records.insert(uid, record);
+        let Self {
+            records, of_node, ..
+        } = self;
+        records.entry(pod.uid.clone()).or_insert_with(|| {
+            let of_node = of_node.entry(pod.node.clone()).or_default();
+            of_node.insert(pod.uid.clone());
+            Record::new(&pod.node)
+        })
     }
 }
 

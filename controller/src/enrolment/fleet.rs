@@ -125,11 +125,7 @@ impl Fleet {
         let Some(stream) = self.streams.get_mut(&id) else {
             return false;
         };
-        let least = (
-            self.handed.least(),
-            self.acked.least(),
-            self.mesh_acked.least(),
-        );
+        let least = [&self.handed, &self.acked, &self.mesh_acked].map(Counted::least);
         let old = &stream.progress;
         let rejects = old.rejected != progress.rejected;
         self.handed.move_on(old.handed, progress.handed);
@@ -144,12 +140,7 @@ impl Fleet {
             (true, _) => Some(now),
         };
         stream.progress = progress;
-        let now_least = (
-            self.handed.least(),
-            self.acked.least(),
-            self.mesh_acked.least(),
-        );
-        rejects || least != now_least
+        rejects || least != [&self.handed, &self.acked, &self.mesh_acked].map(Counted::least)
     }
 
     /// Forgets nodes whose lease ran out. True: there were some.
