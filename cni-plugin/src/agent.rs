@@ -12,7 +12,6 @@ use mesh_api::client::{ClientConfig, Controller};
 use mesh_api::identity::NodeRole;
 use mesh_api::proto::cni::{Request, Response, Status, Uninstall, request::Body};
 use mesh_api::seqpacket::Connection;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -322,9 +321,7 @@ fn start_log(config: &AgentConfig) {
 
 /// Each enrolled pod takes four descriptors.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
+    if let Err(error) = mesh_api::descriptors::raise_limit() {
         tracing::warn!(%error, "the descriptor limit cannot be raised");
     }
 }

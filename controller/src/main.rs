@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use warren_controller::config::{Config, LogFormat};
@@ -26,10 +25,8 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error),
     };
     start_log(&config);
-    // Two connections of every node; many systems start processes with room for a thousand descriptors.
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
+    // Two connections of every node.
+    if let Err(error) = mesh_api::descriptors::raise_limit() {
         tracing::warn!("the limit of open files was not raised: {error}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()

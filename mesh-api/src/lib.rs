@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod config;
+pub mod descriptors;
 pub mod errors;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

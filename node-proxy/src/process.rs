@@ -6,7 +6,7 @@ pub mod metrics;
 pub mod privileges;
 pub mod run;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit};
 
 /// Descriptors that are open now. 0 if /proc cannot be read.
 pub fn open_descriptors() -> usize {
@@ -23,11 +23,4 @@ pub fn open_descriptors() -> usize {
 pub fn descriptor_limit() -> u64 {
     // 1024 is what the kernel starts processes with.
     getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft)
-}
-
-/// Raises the descriptor limit to the hard limit, and returns that.
-pub fn raise_descriptor_limit() -> nix::Result<u64> {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    Ok(hard)
 }

@@ -21,7 +21,6 @@ use nix::unistd::Pid;
 
 use crate::memory;
 use crate::process::privileges::{PrivilegeError, Privileges};
-use crate::process::raise_descriptor_limit;
 use crate::seccomp::{self, Profile, SeccompError};
 
 /// Exit code of a worker whose configuration is at fault (sysexits.h, EX_CONFIG).
@@ -77,7 +76,7 @@ pub fn harden(profile: Profile, role: &str, allow_privileged: bool) -> Result<()
     prctl::set_name(c"warren-proxy").map_err(system("PR_SET_NAME"))?;
     // A limit that cannot be raised is no reason to stop; the stocks and budgets adapt to it. Root could
     // not be told from a sandbox here.
-    let _ = raise_descriptor_limit();
+    let _ = mesh_api::descriptors::raise_limit();
     let privileges = Privileges::read()?;
     if !allow_privileged {
         privileges.check()?;

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use warren_benches::fleet::{self, Size, State};
 use warren_benches::harness::{self, ArmName, Options};
 use warren_benches::load::{self, Case, Outcome, Plan};
@@ -208,8 +207,7 @@ fn fleet(arguments: FleetArguments) -> Result<(), String> {
         options.idle = Duration::from_secs(1);
     }
     // Two connections a node.
-    getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+    mesh_api::descriptors::raise_limit()
         .map_err(|e| format!("raise the limit of descriptors: {e}"))?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("start the runtime: {e}"))?;
     let report = runtime

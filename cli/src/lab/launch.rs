@@ -18,7 +18,6 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Pid, Uid, setgid, setgroups, sethostname, setsid, setuid};
 use serde::{Deserialize, Serialize};
@@ -97,7 +96,8 @@ impl Launch {
             let end = hostname.len().min(63);
             sethostname(&hostname[..end]).context("the host name")?;
         }
-        raise_descriptor_limit();
+        // As container runtimes do. Cannot fail: a soft limit may always be raised to the hard one.
+        let _ = mesh_api::descriptors::raise_limit();
         // Before the rights are gone: the program may lie where only root can look.
         let program = match self.argv.first() {
             Some(path) if self.open_first => Some(Program::open(path)?),
@@ -163,13 +163,5 @@ impl Program {
             path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
             _file: file,
         })
-    }
-}
-
-/// As container runtimes do: the soft limit becomes the hard one. The default of 1024 is too low for servers.
-fn raise_descriptor_limit() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // Cannot fail: a soft limit may always be raised to the hard one.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
