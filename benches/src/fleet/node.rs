@@ -44,6 +44,17 @@ pub(super) struct Shared {
     pub(super) progress: Notify,
 }
 
+impl Shared {
+    fn opened(&self) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn closed(&self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+        self.ended.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// One node.
 pub(super) struct Node {
     pub(super) held: Arc<Mutex<Held>>,
@@ -185,12 +196,11 @@ impl Sink for Proxy {
     }
 
     fn opened(&mut self) {
-        self.shared.streams.fetch_add(1, Ordering::Relaxed);
+        self.shared.opened();
     }
 
     fn closed(&mut self) {
-        self.shared.streams.fetch_sub(1, Ordering::Relaxed);
-        self.shared.ended.fetch_add(1, Ordering::Relaxed);
+        self.shared.closed();
     }
 }
 
@@ -255,12 +265,11 @@ impl Sink for Agent {
     }
 
     fn opened(&mut self) {
-        self.shared.streams.fetch_add(1, Ordering::Relaxed);
+        self.shared.opened();
     }
 
     fn closed(&mut self) {
-        self.shared.streams.fetch_sub(1, Ordering::Relaxed);
-        self.shared.ended.fetch_add(1, Ordering::Relaxed);
+        self.shared.closed();
     }
 }
 
