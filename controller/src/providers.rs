@@ -50,6 +50,12 @@ pub struct Objects {
     pub traffic_policies: BTreeMap<NamespacedName, Arc<TrafficPolicy>>,
 }
 
+/// Whether it is the agent of its node: by its ServiceAccount, as the certificates of agents are.
+pub(crate) fn is_agent(pod: &Pod) -> bool {
+    let account = (pod.spec.as_ref()).and_then(|spec| spec.service_account_name.as_deref());
+    pod.metadata.namespace.as_deref() == Some(SYSTEM_NAMESPACE) && account == Some("warren-cni")
+}
+
 impl Objects {
     /// Whether the whole mesh is switched off, by the label of Warren's own namespace: it is being taken down.
     pub(crate) fn mesh_is_off(&self) -> bool {

@@ -1,14 +1,15 @@
 //! The taint `warren-mesh.io/not-ready`: no pods for nodes whose agent cannot enrol them.
 //!
 //! The replica that an agent reports to takes the taint from its node, or sets it again, and marks the node
-//! by the annotation `warren-mesh.io/ready`. A node that was never ready is known by the agent's pod on it, and
-//! tainted by the leader; nodes that no agent is to run on are left alone.
+//! by the annotation `warren-mesh.io/ready`. The leader taints the nodes whose agent reports to nobody: that was
+//! never ready, or whose pod has not been for a while; nodes that no agent is to run on are left alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Node, Taint};
+use k8s_openapi::api::core::v1::{Node, Pod, Taint};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::Patch;
 use kube::{Api, Client};
 use mesh_api::names::{NOT_READY_TAINT, SYSTEM_NAMESPACE};
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 
 use super::as_us;
 use crate::hub::Hub;
-use crate::providers::Objects;
+use crate::providers::{Objects, is_agent};
 
 /// Sets and lifts taints, for as long as it is polled.
 pub async fn run(client: Client, hub: Arc<Hub>, leading: watch::Receiver<bool>) {
@@ -28,7 +29,7 @@ pub async fn run(client: Client, hub: Arc<Hub>, leading: watch::Receiver<bool>) 
         let reported = hub.readiness();
         snapshots.borrow_and_update();
         let leads = *leading.borrow();
-        for (name, ready) in to_change(&hub.objects(), &reported, leads) {
+        for (name, ready) in to_change(&hub.objects(), &reported, leads, Timestamp::now()) {
             match set(&nodes, &name, ready).await {
                 Ok(()) => {
                     let what = if ready { "is lifted" } else { "is set" };
@@ -57,16 +58,23 @@ fn to_change(
     objects: &Objects,
     reported: &BTreeMap<String, bool>,
     leads: bool,
+    now: Timestamp,
 ) -> Vec<(String, bool)> {
     let leaving = objects.mesh_is_off();
-    let agents: BTreeSet<&str> = objects
+    // By node: whether its agent's pod has been away for too long. While one is replaced there may be two.
+    let mut agents = BTreeMap::<&str, bool>::new();
+    let pods = objects
         .pods
         .range((SYSTEM_NAMESPACE.to_owned(), String::new())..)
         .take_while(|((namespace, _), _)| namespace == SYSTEM_NAMESPACE)
-        .filter_map(|(_, pod)| pod.spec.as_ref())
-        .filter(|spec| spec.service_account_name.as_deref() == Some("warren-cni"))
-        .filter_map(|spec| spec.node_name.as_deref())
-        .collect();
+        .filter(|(_, pod)| is_agent(pod));
+    for (_, pod) in pods {
+        let spec = pod.spec.as_ref();
+        if let Some(node) = spec.and_then(|spec| spec.node_name.as_deref()) {
+            let away = agents.entry(node).or_insert(true);
+            *away &= is_away(pod, now);
+        }
+    }
     let mut changes = Vec::new();
     for (name, node) in &objects.nodes {
         let tainted = taints(node).any(|t| t.key == NOT_READY_TAINT);
@@ -75,13 +83,34 @@ fn to_change(
         match reported.get(name) {
             Some(true) if tainted || !marked => changes.push((name.clone(), true)),
             Some(false) if !leaving && (!tainted || marked) => changes.push((name.clone(), false)),
-            None if leads && !leaving && !marked && !tainted && agents.contains(&**name) => {
-                changes.push((name.clone(), false));
-            }
+            None if leads && !leaving && !tainted => match agents.get(&**name) {
+                Some(away) if !marked || (*away && is_watched(node)) => {
+                    changes.push((name.clone(), false));
+                }
+                Some(_) | None => {}
+            },
             Some(_) | None => {}
         }
     }
     changes
+}
+
+/// Whether the kubelet has said of it for a while that it is not ready.
+fn is_away(agent: &Pod, now: Timestamp) -> bool {
+    let conditions = agent.status.iter().flat_map(|s| &s.conditions).flatten();
+    let mut unready = conditions.filter(|c| c.type_ == "Ready" && c.status != "True");
+    unready.any(|condition| {
+        let since = condition.last_transition_time.as_ref();
+        since
+            .is_some_and(|since| now.duration_since(since.0) >= AWAY.try_into().unwrap_or_default())
+    })
+}
+
+/// Whether its kubelet is there, to say how its pods are. Where it is not, Kubernetes calls them all unready, and
+/// taints the node itself.
+fn is_watched(node: &Node) -> bool {
+    let mut conditions = node.status.iter().flat_map(|s| &s.conditions).flatten();
+    conditions.any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
 async fn set(nodes: &Api<Node>, name: &str, ready: bool) -> Result<(), kube::Error> {
@@ -115,6 +144,9 @@ fn taints(node: &Node) -> impl Iterator<Item = &Taint> {
 
 /// Annotation of nodes whose agent said last that it can enrol pods.
 const READY: &str = "warren-mesh.io/ready";
+/// Longer than an agent takes to be replaced, and than the kubelet takes to see that it is ready: until then another
+/// replica may have lifted the taint again.
+const AWAY: Duration = Duration::from_secs(10);
 const GATHERING: Duration = Duration::from_millis(200);
 /// What could not be written is tried again.
 const LOOK: Duration = Duration::from_secs(5);

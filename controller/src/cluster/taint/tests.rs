@@ -20,6 +20,7 @@ fn objects(tainted: bool, marked: bool, system_label: &str) -> Objects {
         };
         let node = json!({
             "metadata": { "name": name, "annotations": annotations }, "spec": { "taints": taints },
+            "status": { "conditions": [{ "type": "Ready", "status": "True" }] },
         });
         let node = Arc::new(serde_json::from_value(node).unwrap());
         objects.nodes.insert(name.into(), node);
@@ -40,7 +41,27 @@ fn objects(tainted: bool, marked: bool, system_label: &str) -> Objects {
 
 fn changes(objects: &Objects, report: Option<bool>, leads: bool) -> Vec<(String, bool)> {
     let reported = report.map(|ready| ("node-1".to_owned(), ready));
-    to_change(objects, &reported.into_iter().collect(), leads)
+    let now = "2026-01-01T00:01:00Z".parse().unwrap();
+    to_change(objects, &reported.into_iter().collect(), leads, now)
+}
+
+/// What the kubelet says of pods of the agent on node-1: ready or not, since that second.
+fn with_agents(mut objects: Objects, said: &[(&str, u8)]) -> Objects {
+    objects.pods.clear();
+    for (ready, since) in said {
+        let name = format!("warren-cni-{since}");
+        let pod = json!({
+            "metadata": { "name": name, "namespace": "warren-system" },
+            "spec": { "nodeName": "node-1", "serviceAccountName": "warren-cni", "containers": [] },
+            "status": { "conditions": [
+                { "type": "PodScheduled", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z" },
+                { "type": "Ready", "status": ready, "lastTransitionTime": format!("2026-01-01T00:00:{since:02}Z") },
+            ] },
+        });
+        let pod = Arc::new(serde_json::from_value(pod).unwrap());
+        objects.pods.insert(("warren-system".into(), name), pod);
+    }
+    objects
 }
 
 #[test]
@@ -78,6 +99,37 @@ fn the_leader_taints_nodes_that_wait_for_their_agent_and_no_others() {
         changes(&objects(false, true, "disabled"), Some(false), true),
         []
     );
+}
+
+#[test]
+fn the_leader_taints_nodes_whose_agent_has_been_away_for_a_while() {
+    let was_ready = |said| with_agents(objects(false, true, "x"), said);
+    let node = [("node-1".to_owned(), false)];
+    assert_eq!(changes(&was_ready(&[("False", 50)]), None, true), node);
+    assert_eq!(changes(&was_ready(&[("Unknown", 50)]), None, true), node);
+    assert_eq!(changes(&was_ready(&[("False", 51)]), None, true), []);
+    assert_eq!(changes(&was_ready(&[("True", 20)]), None, true), []);
+    assert_eq!(
+        changes(&was_ready(&[("False", 20), ("True", 55)]), None, true),
+        [],
+        "one has taken the place of the other"
+    );
+    assert_eq!(changes(&was_ready(&[("False", 20)]), None, false), []);
+    assert_eq!(
+        changes(&was_ready(&[("False", 20)]), Some(true), true),
+        [],
+        "it reports"
+    );
+    let tainted = with_agents(objects(true, false, "x"), &[("False", 20)]);
+    assert_eq!(changes(&tainted, None, true), [], "it is");
+    let mut unwatched = was_ready(&[("False", 20)]);
+    for node in unwatched.nodes.values_mut() {
+        let status = Arc::make_mut(node).status.as_mut().unwrap();
+        status.conditions.as_mut().unwrap()[0].status = "Unknown".into();
+    }
+    assert_eq!(changes(&unwatched, None, true), [], "who would know");
+    let taken_down = with_agents(objects(false, true, "disabled"), &[("False", 20)]);
+    assert_eq!(changes(&taken_down, None, true), []);
 }
 
 #[tokio::test]

@@ -157,6 +157,31 @@ async fn what_is_not_used_is_not_kept_and_wakes_nobody() {
     assert_eq!(spec.service_account_name.as_deref(), Some("web"));
 }
 
+/// The taint of its node depends on it.
+#[tokio::test]
+async fn of_agents_and_nodes_it_is_kept_whether_they_are_ready() {
+    let cluster = Cluster::default();
+    let of = |kind, ready| json!([{ "type": kind, "status": "True" }, { "type": "Ready", "status": ready }]);
+    let mut agent = pod("a", 5);
+    agent["metadata"]["namespace"] = json!("warren-system");
+    agent["spec"]["serviceAccountName"] = json!("warren-cni");
+    agent["status"]["conditions"] = of("PodScheduled", "False");
+    cluster.set("pods", &[agent]);
+    let node = json!({
+        "metadata": { "name": "node-1", "resourceVersion": "6" },
+        "status": { "conditions": of("MemoryPressure", "Unknown") },
+    });
+    cluster.set("nodes", &[node]);
+    let mut reader = cluster.reader();
+    let (objects, _) = reader.listed().await;
+    let kept = &objects.pods[&("warren-system".to_owned(), "a".to_owned())];
+    let conditions = kept.status.as_ref().unwrap().conditions.as_ref().unwrap();
+    assert_eq!((conditions.len(), &*conditions[0].status), (1, "False"));
+    let kept = objects.nodes["node-1"].status.as_ref().unwrap();
+    let conditions = kept.conditions.as_ref().unwrap();
+    assert_eq!((conditions.len(), &*conditions[0].status), (1, "Unknown"));
+}
+
 #[tokio::test]
 async fn events_change_what_is_in_force() {
     let cluster = Cluster::default();

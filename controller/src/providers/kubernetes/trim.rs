@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1 as k8s;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::providers::Object;
+use crate::providers::{Object, is_agent};
 
 pub(super) fn namespace(object: k8s::Namespace) -> Object {
     Object::Namespace(Arc::new(k8s::Namespace {
@@ -17,7 +17,18 @@ pub(super) fn namespace(object: k8s::Namespace) -> Object {
 }
 
 pub(super) fn node(object: k8s::Node) -> Object {
-    let addresses = object.status.and_then(|s| s.addresses);
+    let (addresses, conditions) =
+        (object.status).map_or((None, None), |s| (s.addresses, s.conditions));
+    let conditions = conditions.map(|all| {
+        // When it was last said is not used, and wakes nobody.
+        let ready = all.into_iter().find(|c| c.type_ == "Ready");
+        let ready = ready.map(|c| k8s::NodeCondition {
+            status: c.status,
+            type_: c.type_,
+            ..Default::default()
+        });
+        ready.into_iter().collect()
+    });
     let taints = object.spec.and_then(|s| s.taints);
     Object::Node(Arc::new(k8s::Node {
         metadata: metadata(object.metadata, |key| {
@@ -29,12 +40,15 @@ pub(super) fn node(object: k8s::Node) -> Object {
         }),
         status: Some(k8s::NodeStatus {
             addresses,
+            conditions,
             ..Default::default()
         }),
     }))
 }
 
 pub(super) fn pod(object: k8s::Pod) -> Object {
+    // The taint of the node depends on whether it is ready.
+    let is_agent = is_agent(&object);
     let spec = object.spec.map(|spec| k8s::PodSpec {
         node_name: spec.node_name,
         host_network: spec.host_network,
@@ -46,6 +60,10 @@ pub(super) fn pod(object: k8s::Pod) -> Object {
         ..Default::default()
     });
     let status = object.status.map(|status| k8s::PodStatus {
+        conditions: status.conditions.filter(|_| is_agent).map(|mut all| {
+            all.retain(|condition| condition.type_ == "Ready");
+            all
+        }),
         phase: status.phase.filter(|p| p == "Succeeded" || p == "Failed"),
         pod_ip: status.pod_ip,
         pod_ips: status.pod_ips,
