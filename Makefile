@@ -1,12 +1,13 @@
 # What a person types. Every target installs what it needs and is missing (scripts/install-deps.sh).
 # Everything is built with the release profile, so that the lab, the tests and CI compile once and
-# run the same code; only the benches use `dist`, the profile of container images.
+# run the same code; only the benches use `dist`, the profile of container images. And everything is
+# selected by `--workspace`: with `-p` cargo may choose other features, and compiles dependencies again.
 
 SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 LAB ?= demo
-PROGRAMS := $(addprefix -p ,warren warren-cni warren-controller warren-node-proxy warren-benches)
+PROGRAMS := --workspace --bins
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,13 +36,13 @@ check: ## the quick look: fmt, clippy, unit tests (a few minutes)
 
 test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
 	@scripts/install-deps.sh build lab test
-	cargo build --release --workspace --bins
+	cargo build --release $(PROGRAMS)
 	scripts/run-tests.sh
 
 test-long: ## soaks, scale, outages on Kubernetes, the whole bench (root; an hour or two on an idle machine)
 	@scripts/install-deps.sh build lab test bench kube
-	cargo build --release --workspace --bins
-	WARREN_TEST_LONG=1 cargo test --release -p warren-tests -- --test-threads=1
+	cargo build --release $(PROGRAMS)
+	WARREN_TEST_LONG=1 scripts/run-tests.sh mesh
 	tests/kube/run-tests long
 	$(MAKE) bench
 
@@ -52,13 +53,13 @@ test-kube: ## on a real Kubernetes cluster of this machine (root; the first time
 
 bench: ## side by side: direct, Warren, Envoy; then bench-fleet; tables on the screen, JSON in target/bench/ (root)
 	@scripts/install-deps.sh build lab bench
-	cargo build --profile dist $(PROGRAMS)
+	cargo build --profile dist $(addprefix -p ,warren warren-cni warren-controller warren-node-proxy warren-benches)
 	target/dist/warren-bench run $(BENCH_ARGS)
 	target/dist/warren-bench fleet $(FLEET_ARGS)
 
 bench-fleet: ## the controller with 1,000 nodes and 50,000 pods, for minutes; narrow it with FLEET_ARGS
 	@scripts/install-deps.sh build
-	cargo build --release -p warren-controller -p warren-benches
+	cargo build --release $(PROGRAMS)
 	target/release/warren-bench fleet $(FLEET_ARGS)
 
 bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
@@ -68,13 +69,13 @@ bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
 bench-smoke: ## does every bench run? a few seconds, no thresholds (root)
 	@scripts/install-deps.sh build lab bench
 	cargo build --release $(PROGRAMS)
-	cargo test --release -p warren-benches --benches
+	cargo test --release --workspace --bench '*'
 	target/release/warren-bench run --smoke
 	target/release/warren-bench fleet --smoke
 
 charts: ## the Helm charts: lint, every document against the Kubernetes schemas, what they promise
 	@scripts/install-deps.sh build charts
-	cargo build --release -p warren
+	cargo build --release $(PROGRAMS)
 	deploy/dashboards/make.py --check
 	target/venv/bin/python deploy/manifests/make.py --check
 	target/venv/bin/python deploy/charts/tests/check.py target/release/warren
