@@ -39,6 +39,14 @@ impl CpuGroup {
         group
     }
 
+    /// Lets everybody else go first: who waits for a processor then waits for none of these.
+    #[track_caller]
+    #[must_use]
+    pub fn idle(self) -> Self {
+        self.set("cpu.idle", "1");
+        self
+    }
+
     /// Takes a process and its descendants in.
     #[track_caller]
     pub fn add(&self, pid: u32) {

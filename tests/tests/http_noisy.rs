@@ -3,7 +3,8 @@
 //! the quiet one's p99 at most doubles against the same load without the mesh. That does not hold yet (docs/performance.md).
 //!
 //! Generators and servers have a bounded share of the processor, so that the proxies are measured and not who gets
-//! the processor.
+//! the processor. The noisy ones also yield to everybody: else they run their whole share at a stretch, and the
+//! quiet one's generator, its app and the proxy's worker wait behind them for the scheduler.
 
 use std::time::Duration;
 
@@ -78,7 +79,7 @@ struct Beside<'a> {
 impl<'a> Beside<'a> {
     fn begin(s: &'a Scenario) -> Self {
         let quiet = CpuGroup::new("quiet", 60);
-        let noisy = CpuGroup::new("noisy", 30);
+        let noisy = CpuGroup::new("noisy", 30).idle();
         let lab = lab(s, &quiet, &noisy);
         let mut beside = Self {
             s,
