@@ -172,6 +172,7 @@ fn pod_row(pod: &Pod, stage: Option<&Stage>) -> Value {
         captured,
         rates: _,
         turns: _,
+        leaving: _,
         served: _,
     } = pod;
     let PodInfo {

@@ -12,6 +12,10 @@ use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+/// Connections of the node's own probes, and requests in them, that go beyond a pod's limits at once: a pod whose
+/// callers use up its budget is not unhealthy, and restarting it would make room for the same callers.
+pub const PROBES: usize = 16;
+
 /// Upper bounds for one workload (pod). 0 connections: four fifths of the descriptor limit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -172,6 +176,13 @@ impl Account {
         Ok(charge)
     }
 
+    /// Charges one unit to what is kept for the node's probes, see [`PROBES`].
+    pub fn charge_probe(self: &Arc<Self>, resource: Resource) -> Result<Charge, ProxyError> {
+        let mut charge = self.open_charge(resource);
+        charge.add_within(1, self.limit(resource).saturating_add(PROBES))?;
+        Ok(charge)
+    }
+
     /// A guard with nothing charged yet.
     pub fn open_charge(self: &Arc<Self>, resource: Resource) -> Charge {
         Charge {
@@ -193,9 +204,13 @@ pub struct Charge {
 impl Charge {
     /// Charges more. On [`ProxyError::WorkloadLimit`] nothing was charged.
     pub fn add(&mut self, amount: usize) -> Result<(), ProxyError> {
+        self.add_within(amount, self.account.limit(self.resource))
+    }
+
+    fn add_within(&mut self, amount: usize, limit: usize) -> Result<(), ProxyError> {
         let index = self.resource as usize;
         let before = self.account.used[index].fetch_add(amount, Ordering::Relaxed);
-        if before.saturating_add(amount) > self.account.limits[index] {
+        if before.saturating_add(amount) > limit {
             self.account.used[index].fetch_sub(amount, Ordering::Relaxed);
             self.account.refused[index].fetch_add(1, Ordering::Relaxed);
             return Err(ProxyError::WorkloadLimit);
@@ -272,6 +287,21 @@ mod tests {
         drop(second);
         assert_eq!(account.used(Resource::Connection), 0);
         assert_eq!(account.refused(Resource::Stream), 0);
+    }
+
+    #[test]
+    fn probes_go_beyond_the_limit_but_not_without_bound() {
+        let account = account(Limits {
+            requests: 1,
+            ..Limits::default()
+        });
+        let _full = account.charge(Resource::Request).unwrap();
+        let probe = || account.charge_probe(Resource::Request);
+        let mut probes: Vec<Charge> = (0..PROBES).map(|_| probe().unwrap()).collect();
+        assert!(probe().is_err() && account.charge(Resource::Request).is_err());
+        probes.pop();
+        assert!(account.charge(Resource::Request).is_err());
+        assert!(probe().is_ok());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::budget::{Charge, Resource};
+use crate::budget::{Account, Charge, Resource};
 use crate::pods::Pod;
 use crate::tcp::finish_writing;
 
@@ -37,23 +37,40 @@ pub struct Delivered {
 
 /// Connects to `to`, one of `pod`'s own addresses, so that the app sees `from` as its peer.
 pub async fn to_app(pod: &Arc<Pod>, from: IpAddr, to: SocketAddr) -> Result<Delivered, ProxyError> {
+    open_to_app(pod, from, to, Account::charge).await
+}
+
+/// The same for one of the node's probes, which may go beyond the pod's limit of sockets.
+pub async fn probe(pod: &Arc<Pod>, from: IpAddr, to: SocketAddr) -> Result<Delivered, ProxyError> {
+    open_to_app(pod, from, to, Account::charge_probe).await
+}
+
+type ChargeOne = fn(&Arc<Account>, Resource) -> Result<Charge, ProxyError>;
+
+async fn open_to_app(
+    pod: &Arc<Pod>,
+    from: IpAddr,
+    to: SocketAddr,
+    charge: ChargeOne,
+) -> Result<Delivered, ProxyError> {
     if matches!(to.port(), OUTBOUND_PORT | INBOUND_PORT | TUNNEL_PORT) || to.ip().is_loopback() {
         return Err(ProxyError::ForbiddenTarget);
     }
-    open(pod, Some(from), to).await
+    open(pod, Some(from), to, charge).await
 }
 
 /// Connects to `to` as the pod itself would, uncaptured.
 pub async fn to_outside(pod: &Arc<Pod>, to: SocketAddr) -> Result<Delivered, ProxyError> {
-    open(pod, None, to).await
+    open(pod, None, to, Account::charge).await
 }
 
 async fn open(
     pod: &Arc<Pod>,
     from: Option<IpAddr>,
     to: SocketAddr,
+    charge: ChargeOne,
 ) -> Result<Delivered, ProxyError> {
-    let charge = pod.account.charge(Resource::Socket)?;
+    let charge = charge(&pod.account, Resource::Socket)?;
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let v6 = to.is_ipv6();
     let socket = pod

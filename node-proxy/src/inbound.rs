@@ -48,13 +48,18 @@ pub async fn serve(
         flow.fail(context, error);
         tcp::reset_on_close(&socket);
     };
-    let charge = match pod.account.charge(Resource::Connection) {
+    let from_node = context.host.addresses.load().contains(&peer.ip());
+    let charge = if from_node {
+        pod.account.charge_probe(Resource::Connection)
+    } else {
+        pod.account.charge(Resource::Connection)
+    };
+    let charge = match charge {
         Ok(charge) => charge,
         Err(error) => return refuse(&flow, socket, error),
     };
     let _captured = pod.captured.enter();
     let _listed = worker.list("inbound", &pod, peer, destination);
-    let from_node = context.host.addresses.load().contains(&peer.ip());
     if from_node && info.strict {
         return match probe::serve(&pod, &info, &mut socket, peer, destination).await {
             Ok(()) => {}
@@ -84,7 +89,12 @@ pub async fn serve(
     };
     let mut delivered = None;
     if !is_http(known.as_ref()) {
-        match Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await {
+        let connected = if from_node {
+            Box::pin(deliver::probe(&pod, peer.ip(), destination)).await
+        } else {
+            Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await
+        };
+        match connected {
             Ok(connection) => delivered = Some(connection),
             Err(error) => return refuse(&flow, socket, error),
         }

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use mesh_api::identity::{Identity, InvalidIdentity};
 use mesh_api::names;
 use mesh_api::proto::mesh::{self, Mode, probe};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::budget::{Account, Limits};
 use crate::http::limits::Rates;
@@ -48,6 +48,8 @@ pub struct Pod {
     pub rates: Rates,
     /// Its connections take turns with those of others.
     pub turns: Arc<Turns>,
+    /// Whether it has left the mesh: its HTTP connections then end as they do when the process drains.
+    pub leaving: watch::Sender<bool>,
     /// It is to be found by its addresses. It may have none yet: the controller speaks of a pod before its agent does.
     pub served: AtomicBool,
 }
@@ -241,6 +243,7 @@ impl Pod {
             captured: Captured::default(),
             rates: Rates::default(),
             turns: Arc::default(),
+            leaving: watch::Sender::new(false),
             served: AtomicBool::default(),
             info: ArcSwap::from_pointee(info),
         })
@@ -330,8 +333,9 @@ impl Pods {
         }
     }
 
-    /// Forgets the pod; connections that hold it live on.
+    /// Forgets the pod; connections that hold it live on, and are told.
     pub(crate) fn remove(&self, pod: &Arc<Pod>) {
+        pod.leaving.send_replace(true);
         pod.served.store(false, Ordering::Release);
         self.unserve(pod, pod.info.load().addresses.iter());
         self.by_uid.remove_if(&pod.uid, |_, p| Arc::ptr_eq(p, pod));

@@ -5,8 +5,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
-use warren_tests::lab::{Lab, PodRef, in_namespace};
-use warren_tests::load::attempt;
+use warren_tests::http::ADMIN;
+use warren_tests::lab::{Lab, Options, PodRef, in_namespace};
+use warren_tests::load::{HoldReport, Running, attempt};
 use warren_tests::manifest::{
     CLOSED, ECHO, Pod, WHO, account, echo_service, meshed_namespace, namespace,
 };
@@ -281,4 +282,62 @@ fn from_node(netns: &str, args: &[&str]) -> Value {
     let mut command: Command = in_namespace(netns, &program);
     let done = run(command.args(args), Duration::from_secs(30)).expect_ok();
     serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
+}
+
+/// A pod whose callers use up its budget is not unhealthy: a restart would make room for the same callers.
+#[test]
+fn a_pod_at_its_limits_is_still_probed() {
+    scenario(Duration::from_secs(90), |s| {
+        let strict = [
+            ("warren-mesh.io/mesh", "enabled"),
+            ("warren-mesh.io/mode", "strict"),
+        ];
+        let mut manifests = vec![meshed_namespace("demo"), namespace("vault", &strict)];
+        for client in ["client", "other"] {
+            manifests.extend([account("demo", client), Pod::idle("demo", client, "node-1")]);
+        }
+        let [echo, http] =
+            ["mesh-echo", "mesh-http"].map(|name| binary(name).display().to_string());
+        let both = format!("{echo} & exec {http} --name server");
+        for namespace in ["demo", "vault"] {
+            manifests.extend([
+                account(namespace, "server"),
+                echo_service(namespace, "server"),
+                Pod::new(namespace, "server", "node-2")
+                    .command(&["sh", "-c", &both])
+                    .ready_http(ADMIN, "/count")
+                    .build(),
+            ]);
+        }
+        let limits = "limits: {connections: 8, streams: 8, sockets: 8, requests: 8}\n";
+        let limits = s.file("proxy.yaml", limits);
+        let options = Options {
+            ca: None,
+            args: vec!["--config".into(), format!("proxy={}", limits.display())],
+        };
+        let lab = s.lab_with(2, &manifests, &options);
+        let node = lab.node("node-2").netns;
+        for namespace in ["demo", "vault"] {
+            let pod = (namespace, "server");
+            lab.wait_for_mesh(pod, "enrolled");
+            let held = Running::hold(
+                s,
+                &lab,
+                MESHED,
+                &format!("server.{namespace}:{ECHO}"),
+                // More than there is room for, of which a probe may take a place.
+                (12, 1),
+                Some(Duration::from_millis(100)),
+            );
+            let target = format!("server.{namespace}:{WHO}");
+            let more = attempt(&lab, ("demo", "other"), &["who", &target]);
+            assert!(!more["error"].is_null(), "{pod:?} has room for {more}");
+            let mut curl = in_namespace(&node, "curl");
+            curl.args(["-sSf", "--max-time", "5"]);
+            let url = format!("http://{}/count", SocketAddr::new(lab.pod(pod).v4(), ADMIN));
+            run(curl.arg(url), Duration::from_secs(10)).expect_ok();
+            let report: HoldReport = held.stop();
+            assert!(report.failed > 0 && report.broken == 0, "{report:#?}");
+        }
+    });
 }

@@ -65,6 +65,8 @@ pub struct AppKey {
     pub version: Version,
     /// What a connection counts as in the TCP metrics. `None`: it is counted elsewhere.
     pub counted: Option<Counted>,
+    /// Whether it is for one of the node's probes, which may go beyond the pod's limit of sockets.
+    pub probe: bool,
 }
 
 /// What a connection counts as: that of the request it was opened for.
@@ -362,6 +364,7 @@ fn count_down(counts: &mut HashMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) 
 async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Holding), ProxyError> {
     let opening = async {
         match key.from {
+            Some(from) if key.probe => deliver::probe(&key.pod, from, key.to).await,
             Some(from) => deliver::to_app(&key.pod, from, key.to).await,
             None => deliver::to_outside(&key.pod, key.to).await,
         }

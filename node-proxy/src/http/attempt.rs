@@ -165,6 +165,7 @@ async fn outside(
         version: request.version(),
         // At the caller's node its own connection is counted.
         counted: None,
+        probe: false,
     };
     let sent = caller
         .worker

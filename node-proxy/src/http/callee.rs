@@ -93,7 +93,12 @@ pub async fn deliver(
         }
         response
     };
-    let charge = pod.account.charge(Resource::Request);
+    let probe = is_probe(worker, pod, call, &request);
+    let charge = if probe {
+        pod.account.charge_probe(Resource::Request)
+    } else {
+        pod.account.charge(Resource::Request)
+    };
     let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, request.headers())?))) {
         Ok(charge) => charge,
         Err(error) => {
@@ -101,9 +106,7 @@ pub async fn deliver(
             return watch(response, record, Bounds::default(), ());
         }
     };
-    if !is_probe(worker, pod, call, &request)
-        && let Err((error, wait)) = limited(&worker.context.table, pod, call)
-    {
+    if !probe && let Err((error, wait)) = limited(&worker.context.table, pod, call) {
         let mut response = refuse(&mut record, error);
         retry_after(&mut response, wait);
         return watch(response, record, Bounds::default(), ());
@@ -116,7 +119,7 @@ pub async fn deliver(
     let request = request.map(|body| sent.count(body));
     record.sent = sent;
     let captured = pod.captured.enter();
-    let response = match send(worker, pod, call, request).await {
+    let response = match send(worker, pod, call, probe, request).await {
         Ok(response) => response,
         Err(error) => refuse(&mut record, error),
     };
@@ -135,6 +138,7 @@ async fn send(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     call: &Call,
+    probe: bool,
     mut request: Request<Body>,
 ) -> Result<Response<Body>, ProxyError> {
     let key = AppKey {
@@ -152,6 +156,7 @@ async fn send(
                 security: call.security,
             },
         }),
+        probe,
     };
     for _ in 0..RESENDS {
         let again = request.method().is_idempotent();
@@ -241,7 +246,7 @@ fn limited(table: &Table, pod: &Pod, call: &Call) -> Result<(), (ProxyError, Dur
     Ok(())
 }
 
-/// Whether the kubelet asks what the pod declares: a pod whose callers use up its rate is not unhealthy.
+/// Whether the kubelet asks what the pod declares: a pod whose callers use up its rate or its budget is not unhealthy.
 fn is_probe(worker: &Worker, pod: &Pod, call: &Call, request: &Request<Body>) -> bool {
     call.security == Security::Plaintext
         && worker.context.host.addresses.load().contains(&call.source)

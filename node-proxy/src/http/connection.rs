@@ -4,8 +4,8 @@
 //! Invariants:
 //! - every request in flight is charged to the pod whose connection this is; over the bound it is refused,
 //!   the connection lives;
-//! - while the process drains, an HTTP/1 connection ends after the answer under way and an HTTP/2 one takes
-//!   no new stream;
+//! - while the process drains, and when the pod has left the mesh, an HTTP/1 connection ends after the next answer, or
+//!   when no request comes for a while, and an HTTP/2 one takes no new stream;
 //! - a connection that the client abuses (see the bounds below) ends; the process does not.
 
 use std::collections::VecDeque;
@@ -24,8 +24,8 @@ use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, join};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
 
 use super::answer::refusal;
 use super::body::{Body, PumpError, pump};
@@ -86,18 +86,16 @@ impl Connection {
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let mut server =
             h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
-        let mut draining = self.worker.draining();
-        let mut leaving = false;
+        let mut end = End::of(&self);
         let interims = Interims::default();
         let sink = interims.sink();
         loop {
             let next = tokio::select! {
                 biased;
                 next = server.next() => Some(next),
-                _ = draining.wait_for(|draining| *draining), if !leaving => None,
+                () = end.quiet() => None,
             };
             let Some(next) = next else {
-                leaving = true;
                 if server.is_idle() {
                     return server.close().await;
                 }
@@ -139,7 +137,7 @@ impl Connection {
                 let _ = server.interim(head).await;
             }
             let upgraded = response.extensions_mut().remove::<Upgraded>();
-            if *draining.borrow() && upgraded.is_none() {
+            if end.is_near() && upgraded.is_none() {
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
             }
@@ -186,7 +184,7 @@ impl Connection {
             Ok(Err(error)) => return self.broken(&error, &seen),
             Err(_late) => return,
         };
-        let mut draining = self.worker.draining();
+        let mut end = End::of(&self);
         let mut leaving = false;
         let mut requests = 0;
         let in_order = loop {
@@ -204,7 +202,7 @@ impl Connection {
                     }
                     None => break true,
                 },
-                _ = draining.wait_for(|draining| *draining), if !leaving => {
+                () = end.near(), if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
                 }
@@ -267,6 +265,42 @@ impl Connection {
             None if error.is_io() => {}
             None => self.pod.account.malformed("http2", 1),
         }
+    }
+}
+
+/// How long an HTTP/1 connection that is to end waits for one more request, whose answer says so: a client that asks just
+/// when its connection is closed would have to ask again.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Whether a connection is to end: the process drains, or its pod has left the mesh.
+struct End {
+    process: watch::Receiver<bool>,
+    pod: watch::Receiver<bool>,
+}
+
+impl End {
+    fn of(connection: &Connection) -> Self {
+        Self {
+            process: connection.worker.draining(),
+            pod: connection.pod.leaving.subscribe(),
+        }
+    }
+
+    fn is_near(&self) -> bool {
+        *self.process.borrow() || *self.pod.borrow()
+    }
+
+    async fn near(&mut self) {
+        // Who told has gone: that is an end, too.
+        tokio::select! {
+            _ = self.process.wait_for(|drains| *drains) => {}
+            _ = self.pod.wait_for(|leaves| *leaves) => {}
+        }
+    }
+
+    async fn quiet(&mut self) {
+        self.near().await;
+        sleep(QUIET).await;
     }
 }
 

@@ -84,6 +84,7 @@ fn key(pod: &Arc<Pod>, to: SocketAddr, version: Version) -> AppKey {
         to,
         version,
         counted: None,
+        probe: false,
     }
 }
 
