@@ -49,7 +49,8 @@ pub async fn serve(
         tcp::reset_on_close(&socket);
     };
     let from_node = context.host.addresses.load().contains(&peer.ip());
-    let charge = if from_node {
+    let maybe_probe = from_node && info.probes.iter().any(|p| p.port == destination.port());
+    let charge = if maybe_probe {
         pod.account.charge_probe(Resource::Connection)
     } else {
         pod.account.charge(Resource::Connection)
@@ -89,7 +90,7 @@ pub async fn serve(
     };
     let mut delivered = None;
     if !is_http(known.as_ref()) {
-        let connected = if from_node {
+        let connected = if maybe_probe {
             Box::pin(deliver::probe(&pod, peer.ip(), destination)).await
         } else {
             Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await

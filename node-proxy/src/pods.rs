@@ -307,6 +307,8 @@ impl Pods {
 
     /// Makes the pod known, not yet by address.
     pub(crate) fn add(&self, pod: &Arc<Pod>) {
+        // It may come back before its last connection from before has ended.
+        pod.leaving.send_replace(false);
         self.by_uid.insert(Arc::clone(&pod.uid), Arc::clone(pod));
     }
 

@@ -18,6 +18,7 @@ use warren_tests::servers::nginx;
 use warren_tests::wait::wait_until;
 
 const MESHED: PodRef<'_> = ("demo", "client");
+const OTHER: PodRef<'_> = ("demo", "other");
 const UNMESHED: PodRef<'_> = ("outside", "client");
 const OPENED: &str = "warren_tcp_connections_opened_total";
 const FAILED: &str = "warren_tcp_connections_failed_total";
@@ -320,17 +321,14 @@ fn a_pod_at_its_limits_is_still_probed() {
         for namespace in ["demo", "vault"] {
             let pod = (namespace, "server");
             lab.wait_for_mesh(pod, "enrolled");
-            let held = Running::hold(
-                s,
-                &lab,
-                MESHED,
-                &format!("server.{namespace}:{ECHO}"),
-                // More than there is room for, of which a probe may take a place.
-                (12, 1),
-                Some(Duration::from_millis(100)),
-            );
+            let target = format!("server.{namespace}:{ECHO}");
+            let tick = Some(Duration::from_millis(100));
+            let hold = |client, count| Running::hold(s, &lab, client, &target, (count, 1), tick);
+            // More than there is room for, and again, since a probe may have had a place for a moment.
+            let held = hold(MESHED, 12);
+            let _rest = hold(OTHER, 2);
             let target = format!("server.{namespace}:{WHO}");
-            let more = attempt(&lab, ("demo", "other"), &["who", &target]);
+            let more = attempt(&lab, OTHER, &["who", &target]);
             assert!(!more["error"].is_null(), "{pod:?} has room for {more}");
             let mut curl = in_namespace(&node, "curl");
             curl.args(["-sSf", "--max-time", "5"]);

@@ -572,10 +572,13 @@ async fn a_pod_that_comes_back_keeps_its_account_and_is_not_reported() {
     agent.ready().await;
     let served = proxy.broker.roster.parts.pods.by_uid("one").unwrap();
     let connection = served.captured.enter();
-    agent.send(remove("one"), &[]).await;
+    let removed = agent.send(remove("one"), &[]).await;
+    assert_eq!(agent.answer_to(removed).await, "");
+    assert!(*served.leaving.borrow(), "its connections are told");
     let again = Listeners::pod("one");
     let add = agent.send(again.as_pod(), &again.sockets).await;
     assert_eq!(agent.answer_to(add).await, "");
+    assert!(!*served.leaving.borrow(), "new ones need not end");
     drop(connection);
     assert!(Arc::ptr_eq(
         &served,

@@ -138,6 +138,8 @@ struct Key {
     from: Option<IpAddr>,
     to: SocketAddr,
     http2: bool,
+    // Who waits for the same connection is refused together with who opens it.
+    probe: bool,
 }
 
 impl From<&AppKey> for Key {
@@ -147,6 +149,7 @@ impl From<&AppKey> for Key {
             from: key.from,
             to: key.to,
             http2: key.version == Version::HTTP_2,
+            probe: key.probe,
         }
     }
 }

@@ -87,19 +87,21 @@ impl Connection {
         let mut server =
             h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
         let mut end = End::of(&self);
+        let mut leaving = false;
         let interims = Interims::default();
         let sink = interims.sink();
         loop {
             let next = tokio::select! {
                 biased;
                 next = server.next() => Some(next),
-                () = end.quiet() => None,
+                () = end.quiet(), if !leaving => None,
             };
             let Some(next) = next else {
                 if server.is_idle() {
                     return server.close().await;
                 }
-                // A request is under way: it is read on, and answered.
+                // A request is under way: it is read on, once, and answered.
+                leaving = true;
                 continue;
             };
             let mut request = match next {
@@ -137,7 +139,7 @@ impl Connection {
                 let _ = server.interim(head).await;
             }
             let upgraded = response.extensions_mut().remove::<Upgraded>();
-            if end.is_near() && upgraded.is_none() {
+            if (leaving || end.is_near()) && upgraded.is_none() {
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
             }
