@@ -115,6 +115,28 @@ enum Connection {
     Two(http2::SendRequest<Full<Bytes>>),
 }
 
+/// Why a request has no answer.
+enum Failure {
+    /// The server's GOAWAY says that it did not process it.
+    LeftOut,
+    Other(String),
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Self::Other(why)
+    }
+}
+
+fn is_left_out(error: &hyper::Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|e| e.downcast_ref::<h2::Error>())
+        .is_some_and(|e| {
+            e.is_go_away() && e.is_remote() && e.reason() == Some(h2::Reason::NO_ERROR)
+        })
+}
+
 async fn generate(load: Rc<Load>) -> RequestReport {
     let mut running = tokio::task::JoinSet::new();
     if let Some(rate) = load.args.rate {
@@ -245,11 +267,27 @@ impl Load {
         connection.filter(|_| !self.args.no_keep_alive)
     }
 
+    /// What a server's GOAWAY left out was not processed, and is asked again (RFC 9113, section 6.8).
     async fn exchange(
         &self,
         number: u64,
         connection: Option<Connection>,
     ) -> Result<(Response<()>, Option<Connection>), String> {
+        match self.attempt(number, connection).await {
+            Err(Failure::LeftOut) => self.attempt(number, None).await,
+            result => result,
+        }
+        .map_err(|failure| match failure {
+            Failure::LeftOut => "left out by GOAWAY twice".into(),
+            Failure::Other(why) => why,
+        })
+    }
+
+    async fn attempt(
+        &self,
+        number: u64,
+        connection: Option<Connection>,
+    ) -> Result<(Response<()>, Option<Connection>), Failure> {
         let mut connection = match connection {
             Some(connection) => connection,
             None => self.connect().await?,
@@ -285,7 +323,14 @@ impl Load {
                     .await
             }
         };
-        let (parts, mut body) = response.map_err(|e| format!("answer: {e:?}"))?.into_parts();
+        let response = response.map_err(|e| {
+            if is_left_out(&e) {
+                Failure::LeftOut
+            } else {
+                Failure::Other(format!("answer: {e:?}"))
+            }
+        });
+        let (parts, mut body) = response?.into_parts();
         while let Some(frame) = body.frame().await {
             frame.map_err(|e| format!("body: {e:?}"))?;
         }
