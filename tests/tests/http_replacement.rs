@@ -1,14 +1,12 @@
 //! A proxy that is replaced while requests pass fails none of them, at either node; nor does a pod that leaves the mesh,
 //! and it does not wait for clients that keep their connections.
 
-use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
 use warren_tests::http::{HTTP, Requests};
-use warren_tests::lab::{Lab, PodRef, in_namespace};
+use warren_tests::lab::{Lab, PodRef};
 use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service};
 use warren_tests::scenario::scenario;
 use warren_tests::wait::{let_run, wait_for};
@@ -61,15 +59,10 @@ fn a_pod_that_leaves_fails_no_request_and_waits_for_no_kept_connection() {
                 far.ip(),
                 far.port()
             );
-            let mut idle = in_namespace(&lab.pod(CLIENT).netns, "bash")
-                .args(["-c", &script])
-                .stdout(Stdio::piped())
-                .spawn()
-                .expect("bash");
-            let mut answer = BufReader::new(idle.stdout.take().expect("piped"));
-            let mut status = String::new();
-            answer.read_line(&mut status).expect("an answer");
-            assert!(status.starts_with("HTTP/1.1 200"), "{status}");
+            let mut idle = lab.exec_background(CLIENT, &["bash", "-c", &script]);
+            idle.wait_for_line(Duration::from_secs(10), |line| {
+                line.starts_with("HTTP/1.1 200")
+            });
             let_run(Duration::from_secs(1));
 
             // Kept connections are in use, and one idles for as long as nobody closes it.
@@ -77,8 +70,7 @@ fn a_pod_that_leaves_fails_no_request_and_waits_for_no_kept_connection() {
             for pod in [CLIENT, FAR] {
                 lab.wait_for_mesh(pod, "none");
             }
-            answer.read_to_end(&mut Vec::new()).expect("its end");
-            assert!(idle.wait().expect("bash").success());
+            idle.finish(Duration::from_secs(10)).expect_ok();
             let report = load.stop();
             println!("pods left, {what}: {} ok", report.ok);
             report.expect_no_failure(&format!("pods left, {what}"));
