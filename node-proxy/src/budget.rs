@@ -171,15 +171,18 @@ impl Account {
 
     /// Charges one unit until the guard drops.
     pub fn charge(self: &Arc<Self>, resource: Resource) -> Result<Charge, ProxyError> {
-        let mut charge = self.open_charge(resource);
-        charge.add(1)?;
-        Ok(charge)
+        self.charge_for(resource, false)
     }
 
-    /// Charges one unit to what is kept for the node's probes, see [`PROBES`].
-    pub fn charge_probe(self: &Arc<Self>, resource: Resource) -> Result<Charge, ProxyError> {
+    /// Charges one unit, which for one of the node's probes may go beyond the limit, see [`PROBES`].
+    pub fn charge_for(
+        self: &Arc<Self>,
+        resource: Resource,
+        probe: bool,
+    ) -> Result<Charge, ProxyError> {
+        let beyond = if probe { PROBES } else { 0 };
         let mut charge = self.open_charge(resource);
-        charge.add_within(1, self.limit(resource).saturating_add(PROBES))?;
+        charge.add_within(1, self.limit(resource).saturating_add(beyond))?;
         Ok(charge)
     }
 
@@ -296,7 +299,7 @@ mod tests {
             ..Limits::default()
         });
         let _full = account.charge(Resource::Request).unwrap();
-        let probe = || account.charge_probe(Resource::Request);
+        let probe = || account.charge_for(Resource::Request, true);
         let mut probes: Vec<Charge> = (0..PROBES).map(|_| probe().unwrap()).collect();
         assert!(probe().is_err() && account.charge(Resource::Request).is_err());
         probes.pop();

@@ -15,7 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::budget::{Account, Charge, Resource};
+use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
 use crate::tcp::finish_writing;
 
@@ -37,40 +37,34 @@ pub struct Delivered {
 
 /// Connects to `to`, one of `pod`'s own addresses, so that the app sees `from` as its peer.
 pub async fn to_app(pod: &Arc<Pod>, from: IpAddr, to: SocketAddr) -> Result<Delivered, ProxyError> {
-    open_to_app(pod, from, to, Account::charge).await
+    to_app_for(pod, from, to, false).await
 }
 
-/// The same for one of the node's probes, which may go beyond the pod's limit of sockets.
-pub async fn probe(pod: &Arc<Pod>, from: IpAddr, to: SocketAddr) -> Result<Delivered, ProxyError> {
-    open_to_app(pod, from, to, Account::charge_probe).await
-}
-
-type ChargeOne = fn(&Arc<Account>, Resource) -> Result<Charge, ProxyError>;
-
-async fn open_to_app(
+/// The same; one of the node's probes may go beyond the pod's limit of sockets.
+pub async fn to_app_for(
     pod: &Arc<Pod>,
     from: IpAddr,
     to: SocketAddr,
-    charge: ChargeOne,
+    probe: bool,
 ) -> Result<Delivered, ProxyError> {
     if matches!(to.port(), OUTBOUND_PORT | INBOUND_PORT | TUNNEL_PORT) || to.ip().is_loopback() {
         return Err(ProxyError::ForbiddenTarget);
     }
-    open(pod, Some(from), to, charge).await
+    open(pod, Some(from), to, probe).await
 }
 
 /// Connects to `to` as the pod itself would, uncaptured.
 pub async fn to_outside(pod: &Arc<Pod>, to: SocketAddr) -> Result<Delivered, ProxyError> {
-    open(pod, None, to, Account::charge).await
+    open(pod, None, to, false).await
 }
 
 async fn open(
     pod: &Arc<Pod>,
     from: Option<IpAddr>,
     to: SocketAddr,
-    charge: ChargeOne,
+    probe: bool,
 ) -> Result<Delivered, ProxyError> {
-    let charge = charge(&pod.account, Resource::Socket)?;
+    let charge = pod.account.charge_for(Resource::Socket, probe)?;
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let v6 = to.is_ipv6();
     let socket = pod

@@ -50,12 +50,7 @@ pub async fn serve(
     };
     let from_node = context.host.addresses.load().contains(&peer.ip());
     let maybe_probe = from_node && info.probes.iter().any(|p| p.port == destination.port());
-    let charge = if maybe_probe {
-        pod.account.charge_probe(Resource::Connection)
-    } else {
-        pod.account.charge(Resource::Connection)
-    };
-    let charge = match charge {
+    let charge = match pod.account.charge_for(Resource::Connection, maybe_probe) {
         Ok(charge) => charge,
         Err(error) => return refuse(&flow, socket, error),
     };
@@ -90,12 +85,8 @@ pub async fn serve(
     };
     let mut delivered = None;
     if !is_http(known.as_ref()) {
-        let connected = if maybe_probe {
-            Box::pin(deliver::probe(&pod, peer.ip(), destination)).await
-        } else {
-            Box::pin(deliver::to_app(&pod, peer.ip(), destination)).await
-        };
-        match connected {
+        let connecting = deliver::to_app_for(&pod, peer.ip(), destination, maybe_probe);
+        match Box::pin(connecting).await {
             Ok(connection) => delivered = Some(connection),
             Err(error) => return refuse(&flow, socket, error),
         }

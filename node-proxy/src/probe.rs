@@ -69,7 +69,7 @@ async fn probe(
     peer: SocketAddr,
     destination: SocketAddr,
 ) -> Result<(), ProxyError> {
-    let mut app = deliver::probe(pod, peer.ip(), destination).await?;
+    let mut app = deliver::to_app_for(pod, peer.ip(), destination, true).await?;
     let head = read_head(socket)
         .await
         .map_err(|_| ProxyError::PlaintextRefused)?;

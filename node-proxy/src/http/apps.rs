@@ -367,8 +367,7 @@ fn count_down(counts: &mut HashMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) 
 async fn connect(key: &AppKey, within: Duration) -> Result<(TcpStream, Holding), ProxyError> {
     let opening = async {
         match key.from {
-            Some(from) if key.probe => deliver::probe(&key.pod, from, key.to).await,
-            Some(from) => deliver::to_app(&key.pod, from, key.to).await,
+            Some(from) => deliver::to_app_for(&key.pod, from, key.to, key.probe).await,
             None => deliver::to_outside(&key.pod, key.to).await,
         }
     };

@@ -94,11 +94,7 @@ pub async fn deliver(
         response
     };
     let probe = is_probe(worker, pod, call, &request);
-    let charge = if probe {
-        pod.account.charge_probe(Resource::Request)
-    } else {
-        pod.account.charge(Resource::Request)
-    };
+    let charge = pod.account.charge_for(Resource::Request, probe);
     let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, request.headers())?))) {
         Ok(charge) => charge,
         Err(error) => {
