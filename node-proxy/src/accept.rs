@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::flow::Flow;
 use crate::pods::Pod;
 use crate::resolve::is_own_listener;
-use crate::tcp::{reset_on_close, set_options};
+use crate::tcp::{bound_receive_buffer, reset_on_close, set_options};
 use crate::telemetry::{Party, ReasonLabels, Reporter};
 use crate::tunnel::serve::Entrance;
 use crate::worker::Worker;
@@ -45,7 +45,7 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let context = Arc::clone(&workers[0].context);
-    let listener = match listen(listener) {
+    let listener = match listen(listener, &capture) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(?capture, %error, "listener cannot be used"),
     };
@@ -91,8 +91,11 @@ pub async fn run(
     }
 }
 
-fn listen(listener: OwnedFd) -> io::Result<TcpListener> {
+fn listen(listener: OwnedFd, capture: &Capture) -> io::Result<TcpListener> {
     set_options(SockRef::from(&listener))?;
+    if let Capture::Outbound(_) = capture {
+        bound_receive_buffer(SockRef::from(&listener))?;
+    }
     let listener = std::net::TcpListener::from(listener);
     listener.set_nonblocking(true)?;
     TcpListener::from_std(listener)

@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use mesh_api::errors::ProxyError;
 use mesh_api::names::{INBOUND_PORT, OUTBOUND_PORT, TUNNEL_PORT};
+use socket2::SockRef;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
-use crate::tcp::finish_writing;
+use crate::tcp::{bound_receive_buffer, finish_writing};
 
 /// Time to get a socket and a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -95,6 +96,7 @@ async fn open(
 async fn connect(socket: OwnedFd, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::from_std_stream(socket.into());
     if let Some(from) = from {
+        bound_receive_buffer(SockRef::from(&socket))?;
         // Port 0 with IP_BIND_ADDRESS_NO_PORT: the port is chosen by connect, per destination.
         socket.bind(SocketAddr::new(from, 0))?;
     }

@@ -49,6 +49,7 @@ pub const TARGETS: &[Target] = &[
         wire::fuzz::response,
         wire::fuzz::response_seeds,
     ),
+    ("wire_head", wire::fuzz::head, wire::fuzz::head_seeds),
     ("forwarded", tunnel::fuzz::forwarded, tunnel::fuzz::seeds),
     ("timing", caller::fuzz::timing, caller::fuzz::seeds),
     ("grpc_message", grpc::fuzz::message, grpc::fuzz::seeds),

@@ -1,4 +1,4 @@
-"""A WebSocket client for websocket_server.py. Prints one JSON object."""
+"""A WebSocket client for websocket_server.py: URL [BYTES], of each of two headers. Prints one JSON object."""
 
 import json
 import os
@@ -10,17 +10,18 @@ from websockets.sync.client import connect
 
 
 def main():
-    url = sys.argv[1]
+    url, size = sys.argv[1], int((sys.argv + ["0"])[2])
     result = {}
     try:
-        talk(url, result)
+        talk(url, size, result)
     except InvalidStatus as error:
         result["refused"] = error.response.status_code
     print(json.dumps(result))
 
 
-def talk(url, result):
-    options = {"subprotocols": ["echo"], "max_size": 64 << 20, "open_timeout": 10, "additional_headers": {"X-oDD-Case": "Kept"}}
+def talk(url, size, result):
+    headers = {"X-oDD-Case": "Kept", "x-first": "1" * size, "x-second": "2" * size}
+    options = {"subprotocols": ["echo"], "max_size": 64 << 20, "open_timeout": 10, "additional_headers": headers}
     with connect(url, **options) as socket:
         result["subprotocol"] = socket.subprotocol
         result["compression"] = socket.response.headers.get("Sec-WebSocket-Extensions", "").split(";")[0]

@@ -1,6 +1,7 @@
 //! Line 6: a workload that does its worst beside a quiet one on the same node. No request of the quiet one fails, and
 //! the proxies' memory stays below what the limits say and comes back. With `WARREN_TEST_LONG` on an idle machine also:
-//! the quiet one's p99 at most doubles against the same load without the mesh. That does not hold yet (docs/performance.md).
+//! the quiet one's p99 at most doubles against the same load without the mesh: the noise comes at a fixed rate, however
+//! it fares, so that it is the same on both paths.
 //!
 //! Generators and servers have a bounded share of the processor, so that the proxies are measured and not who gets
 //! the processor. The noisy ones also yield to everybody: else they run their whole share at a stretch, and the
@@ -24,7 +25,7 @@ const DIRECT: &str = "plain";
 /// The quiet workload's p99, as a multiple of what it is without the mesh.
 const MOST: f64 = 2.0;
 /// Medians of so many rounds are compared.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 /// After the noise: an upload whose app does not read is given up after five minutes.
 const COMES_BACK: Duration = Duration::from_secs(400);
 /// Of the proxies' configuration, for each pod.
@@ -36,7 +37,7 @@ const BOUND_KIB: u64 = CONNECTIONS * 12 + REQUESTS * 1331 + BUFFERED_KIB;
 
 #[test]
 fn a_noisy_workload_does_not_slow_a_quiet_one() {
-    scenario(Duration::from_secs(900), |s| {
+    scenario(Duration::from_secs(1200), |s| {
         let long = std::env::var_os("WARREN_TEST_LONG").is_some();
         let rounds = if long { ROUNDS } else { 1 };
         let beside = Beside::begin(s);
@@ -107,7 +108,7 @@ impl<'a> Beside<'a> {
         let noise =
             (!kinds.is_empty()).then(|| Running::noise(s, lab, (of, "noisy"), &self.noisy, &args));
         // Until as much is held as there will be.
-        let_run(Duration::from_secs(1));
+        let_run(Duration::from_secs(3));
         let url = format!("http://web:{HTTP}/");
         let args = [&url, "--rate", "300", "--seconds", "4"];
         let workers = NODES.map(|node| lab.worker(node));

@@ -106,25 +106,60 @@ const CASES: &[Case] = &[
     (RAW, "/post", &["-d", "a body"]),
 ];
 
+/// The same with a head of 40 KB from the client, or from the server (`header=BYTES`): on a tunnel it is before the body.
+const LARGE_HEADS: &[Case] = &[
+    (HTTP, "/a?b", &[]),
+    (HTTP, "/a?header=40000", &[]),
+    (HTTP, "/a?header=40000", &["--http1.0"]),
+    (HTTP, "/a?header=40000", &["-I"]),
+    (HTTP, "/a?header=40000&code=204", &[]),
+    (HTTP, "/a?header=40000&code=304", &[]),
+    (HTTP, "/a?header=40000&trailers=1&size=1000", &[]),
+    (HTTP, "/a?header=40000", &["-d", "a body"]),
+    (
+        HTTP,
+        "/a",
+        &["-d", "a body in chunks", "-H", "transfer-encoding: chunked"],
+    ),
+    (
+        HTTP,
+        "/a",
+        &["-d", "a body after 100", "-H", "expect: 100-continue"],
+    ),
+    (HTTP, "/a?header=40000", &[H2]),
+    (HTTP, "/a?header=40000", &[H2, "-I"]),
+    (HTTP, "/a?header=40000&code=204", &[H2]),
+    (HTTP, "/a?header=40000", &[H2, "-d", "a body"]),
+    (PYTHON_11, "/small", &[]),
+    (NGINX, "/small", &[]),
+];
+
 #[test]
 fn answers_are_those_without_the_mesh() {
     scenario(Duration::from_secs(240), |s| {
         let lab = peers(s);
+        let cookie = format!("cookie: {}\n", "c".repeat(20_000));
+        let token = format!("x-token: {}\nX-short: 1\n", "t".repeat(20_000));
+        let head = format!("@{}", s.file("head", &(cookie + &token)).display());
+        let large = |case: &Case| (*case, Some(head.as_str()));
+        let cases = CASES.iter().map(|case| (*case, None));
+        let cases: Vec<_> = cases.chain(LARGE_HEADS.iter().map(large)).collect();
         let counted = http_requests_total(&lab, "node-1");
         let mut sent = 0;
         let mut changed = Vec::new();
         for server in [NEAR, FAR] {
-            for (target, path, args) in CASES {
+            for ((target, path, args), head) in &cases {
                 let mut ports = vec![*target, target + DECLARED];
                 if *target == HTTP && args.contains(&H2) {
                     ports.push(HTTP_H2C);
                 }
+                let args = [*args, &head.map_or(vec![], |head| vec!["-H", head])].concat();
                 for port in ports {
                     let url = format!("http://{}:{port}{path}", server.1);
                     let beside = format!("::127.0.0.1:{target}");
-                    let direct = [&["--connect-to", &beside, &url][..], args].concat();
+                    let direct = [&["--connect-to", &beside, &url][..], &args].concat();
                     let direct = comparable(curl(&lab, server, &direct));
-                    let meshed = [&[url.as_str()][..], args].concat();
+                    let meshed = [&[url.as_str()][..], &args].concat();
                     let meshed = comparable(curl(&lab, CLIENT, &meshed));
                     sent += 1;
                     if direct != meshed {

@@ -113,9 +113,10 @@ fn websocket_both_ways() {
     scenario(Duration::from_secs(90), |s| {
         let lab = peers(s);
         for server in [NEAR, FAR] {
-            for port in [WEBSOCKET, WEBSOCKET + DECLARED] {
+            // On a tunnel a large head is before what the connection becomes.
+            for (port, size) in [(WEBSOCKET, 0), (WEBSOCKET + DECLARED, 7000)] {
                 let url = format!("ws://{}:{port}/chat?room=1", server.1);
-                let said = run_python(&lab, "websocket_client.py", &[&url]);
+                let said = run_python(&lab, "websocket_client.py", &[&url, &size.to_string()]);
                 for (what, wanted) in [
                     ("subprotocol", json!("echo")),
                     ("compression", json!("permessage-deflate")),
@@ -138,10 +139,13 @@ fn websocket_both_ways() {
                 let who = &said["who"];
                 assert_eq!(who["path"], "/chat?room=1", "{url}: {who}");
                 let headers = who["headers"].as_array().cloned().unwrap_or_default();
-                assert!(
-                    headers.contains(&json!(["X-oDD-Case", "Kept"])),
-                    "{url}: {who}"
-                );
+                for (name, value) in [
+                    ("X-oDD-Case", "Kept"),
+                    ("x-first", &"1".repeat(size)),
+                    ("x-second", &"2".repeat(size)),
+                ] {
+                    assert!(headers.contains(&json!([name, value])), "{url}: {who}");
+                }
             }
         }
     });

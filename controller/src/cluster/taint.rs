@@ -2,7 +2,8 @@
 //!
 //! The replica that an agent reports to takes the taint from its node, or sets it again, and marks the node
 //! by the annotation `warren-mesh.io/ready`. The leader taints the nodes whose agent reports to nobody: that was
-//! never ready, or whose pod has not been for a while; nodes that no agent is to run on are left alone.
+//! never ready, or whose pod has not been for a while; nodes that no agent is to run on are left alone, and those that
+//! another replica has marked just now.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -79,12 +80,13 @@ fn to_change(
     for (name, node) in &objects.nodes {
         let tainted = taints(node).any(|t| t.key == NOT_READY_TAINT);
         let annotations = node.metadata.annotations.as_ref();
-        let marked = annotations.is_some_and(|a| a.contains_key(READY));
+        let mark = annotations.and_then(|a| a.get(READY));
+        let marked = mark.is_some();
         match reported.get(name) {
             Some(true) if tainted || !marked => changes.push((name.clone(), true)),
             Some(false) if !leaving && (!tainted || marked) => changes.push((name.clone(), false)),
             None if leads && !leaving && !tainted => match agents.get(&**name) {
-                Some(away) if !marked || (*away && is_watched(node)) => {
+                Some(away) if mark.is_none_or(|m| *away && is_old(m, now) && is_watched(node)) => {
                     changes.push((name.clone(), false));
                 }
                 Some(_) | None => {}
@@ -101,9 +103,18 @@ fn is_away(agent: &Pod, now: Timestamp) -> bool {
     let mut unready = conditions.filter(|c| c.type_ == "Ready" && c.status != "True");
     unready.any(|condition| {
         let since = condition.last_transition_time.as_ref();
-        since
-            .is_some_and(|since| now.duration_since(since.0) >= AWAY.try_into().unwrap_or_default())
+        since.is_some_and(|since| is_past(since.0, now))
     })
+}
+
+/// Whether the kubelet has had the time to see what a replica heard of the agent when it wrote this mark. One that is
+/// no time is of an earlier version.
+fn is_old(mark: &str, now: Timestamp) -> bool {
+    mark.parse().map_or(true, |written| is_past(written, now))
+}
+
+fn is_past(time: Timestamp, now: Timestamp) -> bool {
+    now.duration_since(time) >= AWAY.try_into().unwrap_or_default()
 }
 
 /// Whether its kubelet is there, to say how its pods are. Where it is not, Kubernetes calls them all unready, and
@@ -122,7 +133,7 @@ async fn set(nodes: &Api<Node>, name: &str, ready: bool) -> Result<(), kube::Err
         ..Taint::default()
     });
     let all: Vec<Taint> = kept.chain(ours).collect();
-    let mark = ready.then_some("true");
+    let mark = ready.then(|| Timestamp::now().to_string());
     // The list is replaced whole: only on top of what was read.
     let patch = json!({
         "metadata": {
@@ -142,7 +153,7 @@ fn taints(node: &Node) -> impl Iterator<Item = &Taint> {
     spec.and_then(|s| s.taints.as_ref()).into_iter().flatten()
 }
 
-/// Annotation of nodes whose agent said last that it can enrol pods.
+/// Annotation of nodes whose agent said last that it can enrol pods: since when it says so.
 const READY: &str = "warren-mesh.io/ready";
 /// Longer than an agent takes to be replaced, and than the kubelet takes to see that it is ready: until then another
 /// replica may have lifted the taint again.

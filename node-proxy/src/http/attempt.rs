@@ -218,6 +218,7 @@ async fn through_tunnel(
         let (known, later) = deferred();
         (client, body) = (Some(known), later);
     }
+    let body = wire::pack(&mut parts.headers, body);
     let mut send = slot.take_sender();
     let request = Request::from_parts(parts, body);
     let exchanged = exchange(
@@ -228,6 +229,14 @@ async fn through_tunnel(
     )
     .await;
     let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
+    let unpacked = match wire::packed(&mut parts.headers) {
+        Ok(packed) => wire::unpack(packed, &mut parts.headers, body).await,
+        Err(error) => Err(error),
+    };
+    let body = unpacked.map_err(|_| Failed {
+        error: ProxyError::TunnelReset,
+        cause: Some(Cause::ResetBeforeHeaders),
+    })?;
     let error = wire::open_response(&mut parts);
     let mut response = Response::from_parts(parts, body);
     if let Some(client) = client {

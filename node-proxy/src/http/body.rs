@@ -21,9 +21,11 @@ use super::h1::IncomingBody;
 use crate::budget::{Account, Resource};
 
 mod ahead;
+mod behind;
 mod exchange;
 
 use ahead::Ahead;
+use behind::Behind;
 use exchange::OnEnd;
 pub use exchange::{ExchangeError, Held, exchange};
 
@@ -186,6 +188,15 @@ impl Body {
     /// One that passes another on.
     pub fn passing(body: impl Passing + Send + Unpin + 'static) -> Self {
         Self(Inner::Passing(Box::new(body)))
+    }
+
+    /// This one, with `first` before it.
+    pub fn after(self, first: Bytes) -> Self {
+        match (first.is_empty(), self.is_end_stream()) {
+            (true, _) => self,
+            (false, true) => Self::full(first),
+            (false, false) => Self::passing(Behind { first, body: self }),
+        }
     }
 
     pub(super) fn http1(body: IncomingBody) -> Self {

@@ -5,7 +5,8 @@
 //! (`namespace/name:port`, if a Service was addressed), `warren-version` (what the app speaks) and `warren-case` (how an
 //! HTTP/1 app spelled its header names). An HTTP/1 app's `Host` stays a header, so that it arrives untouched.
 //! An upgrade is an extended CONNECT (RFC 8441) whose `:protocol` is the first token of `Upgrade`, and an
-//! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`].
+//! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`]. What is large of a large head goes before the
+//! body ([`pack`]).
 //!
 //! Invariant: no header that begins with `warren-` passes from an app to the mesh or back; those on the
 //! tunnel are written by a proxy and removed by the next one.
@@ -249,5 +250,8 @@ const fn version(version: Version) -> &'static str {
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod large;
 #[cfg(test)]
 mod tests;
+
+pub use large::{pack, packed, unpack};

@@ -104,6 +104,8 @@ struct Control {
     size: Option<usize>,
     /// `slow=MS`: between the sixteen pieces of the body.
     slow_ms: Option<u64>,
+    /// `header=BYTES`: a header of the answer that is that large.
+    header: usize,
     /// `trailers=1`
     trailers: bool,
     /// `close=1`: closes (resets the stream) without an answer.
@@ -126,6 +128,7 @@ impl Control {
                 "retry-after" => self.retry_after = number,
                 "size" => self.size = value.parse().ok(),
                 "slow" => self.slow_ms = number,
+                "header" => self.header = value.parse().unwrap_or_default(),
                 "trailers" => self.trailers = number == Some(1),
                 "close" => self.close = number == Some(1),
                 "abort" => self.abort = number == Some(1),
@@ -293,6 +296,10 @@ async fn answer(
     let headers = response.headers_mut();
     headers.insert("x-server", HeaderValue::from_str(&state.name)?);
     headers.insert("content-type", HeaderValue::from_static("application/json"));
+    if control.header > 0 {
+        let value = HeaderValue::try_from("h".repeat(control.header))?;
+        headers.insert("x-large", value);
+    }
     if let (true, Some(seconds)) = (failing, control.retry_after) {
         headers.insert("retry-after", HeaderValue::from(seconds));
     }

@@ -1,5 +1,6 @@
-//! A workload that does its worst over HTTP/1 from inside a pod, as much as its processor time allows, until it is
-//! told to stop: connections without end, huge headers, bodies that hardly move. What ends is begun again.
+//! A workload that does its worst over HTTP/1 from inside a pod until it is told to stop: connections without end, huge
+//! headers, bodies that hardly move. It asks at a fixed rate, however it fares: who is refused at once, or served
+//! faster, asks no more often, so that two paths can be compared under the same load.
 //! Prints `noisy` when it is under way and a JSON report ([`NoiseReport`]) at the end.
 
 use std::cell::RefCell;
@@ -14,7 +15,7 @@ use clap::{Parser, ValueEnum};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use warren_tests::load::NoiseReport;
 
 #[derive(Parser)]
@@ -46,14 +47,20 @@ enum Kind {
     Bodies,
 }
 
-/// Connections that are being opened at once.
+/// Connections that are opened in each [`EVERY`]: 1,280 a second.
 const OPENING: usize = 64;
-/// Connections with huge headers.
+/// Huge heads in each [`EVERY`], each on a connection of its own: 320 a second.
 const HEADERS: usize = 16;
+/// Some two thirds of what the generator's share of a processor is enough for where nothing is between it and its app.
+const EVERY: Duration = Duration::from_millis(50);
+/// Until all of it is under way.
+const START: Duration = Duration::from_secs(2);
+/// Heads on a connection before one that is more than any limit.
+const SERIES: usize = 8;
+/// How long a body takes, if it is not ended before: longer than a proxy's patience.
+const BODY: Duration = Duration::from_secs(8);
 /// Between two pieces of a body that trickles.
 const TRICKLE: Duration = Duration::from_millis(20);
-/// A moment before what failed is begun again: the pod's own processor is not the target.
-const AGAIN: Duration = Duration::from_millis(5);
 const PATIENCE: Duration = Duration::from_secs(10);
 const LARGE: &str = "size=16777216";
 
@@ -87,36 +94,47 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Does it again and again.
-fn repeat<F: Future<Output = io::Result<()>> + 'static>(
+/// Does something `slots` times in each `every`, spread evenly; `slot` makes what one of them does again and again. What
+/// takes longer is not done twice at once.
+fn repeat<F, G>(
     tasks: &mut JoinSet<()>,
     report: &Report,
-    mut once: impl FnMut() -> F + 'static,
-) {
-    let report = Rc::clone(report);
-    tasks.spawn_local(async move {
-        loop {
-            if once().await.is_err() {
-                report.borrow_mut().failed += 1;
-                sleep(AGAIN).await;
+    (slots, every): (usize, Duration),
+    slot: impl Fn() -> F,
+) where
+    F: Fn() -> G + 'static,
+    G: Future<Output = io::Result<()>> + 'static,
+{
+    let begin = Instant::now();
+    for number in 0..slots {
+        let offset = every.min(START).mul_f64(number as f64 / slots as f64);
+        let (report, once) = (Rc::clone(report), slot());
+        tasks.spawn_local(async move {
+            let mut ticks = interval_at(begin + offset, every);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                if once().await.is_err() {
+                    report.borrow_mut().failed += 1;
+                }
             }
-        }
-    });
+        });
+    }
 }
 
 fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
     let held = Rc::new(RefCell::new(VecDeque::new()));
     let most = args.connections;
-    for _ in 0..OPENING {
-        let (held, counted) = (Rc::clone(&held), Rc::clone(report));
-        repeat(tasks, report, move || {
-            let (held, counted) = (Rc::clone(&held), Rc::clone(&counted));
+    repeat(tasks, report, (OPENING, EVERY), || {
+        let (held, report) = (Rc::clone(&held), Rc::clone(report));
+        move || {
+            let (held, report) = (Rc::clone(&held), Rc::clone(&report));
             async move {
                 let mut stream = TcpStream::connect(target).await?;
                 ask(&mut stream, "").await?;
                 let mut held = held.borrow_mut();
                 held.push_back(stream);
-                let mut report = counted.borrow_mut();
+                let mut report = report.borrow_mut();
                 report.connections += 1;
                 report.most_held = report.most_held.max(held.len() as u64);
                 if held.len() > most {
@@ -124,46 +142,71 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
                 }
                 Ok(())
             }
-        });
-    }
+        }
+    });
 }
 
 fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
-    let of = |count: usize| -> String {
+    let of = |count: usize| -> Rc<str> {
         let value = "x".repeat(600);
-        (0..count)
+        let head: String = (0..count)
             .map(|n| format!("x-noise-{n}: {value}\r\n"))
-            .collect()
+            .collect();
+        head.into()
     };
-    let (huge, too_huge) = (Rc::new(of(95)), Rc::new(of(160)));
-    for _ in 0..HEADERS {
+    let (huge, too_huge) = (of(95), of(160));
+    repeat(tasks, report, (HEADERS, EVERY), || {
         let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
-        let counted = Rc::clone(report);
-        repeat(tasks, report, move || {
+        let (series, report) = (Series::default(), Rc::clone(report));
+        move || {
             let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
-            let counted = Rc::clone(&counted);
+            let (series, report) = (Rc::clone(&series), Rc::clone(&report));
             async move {
-                let mut stream = TcpStream::connect(target).await?;
-                for _ in 0..8 {
-                    ask(&mut stream, &huge).await?;
-                    counted.borrow_mut().heads += 1;
+                let begun = series.take();
+                let (mut stream, seen) = match begun {
+                    Some(begun) => begun,
+                    None => (TcpStream::connect(target).await?, 0),
+                };
+                if seen == SERIES {
+                    // Refused, and the connection closed.
+                    return ask(&mut stream, &too_huge).await;
                 }
-                // Refused, and the connection closed.
-                ask(&mut stream, &too_huge).await
+                ask(&mut stream, &huge).await?;
+                report.borrow_mut().heads += 1;
+                series.replace(Some((stream, seen + 1)));
+                Ok(())
             }
-        });
-    }
+        }
+    });
 }
 
+/// A connection that sends huge heads, and how many it has sent.
+type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
+
 fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
-    for _ in 0..args.bodies {
-        let counted = [0; 4].map(|_| Rc::clone(report));
-        let [a, b, c, d] = counted;
-        repeat(tasks, report, move || trickle_up(target, Rc::clone(&a)));
-        repeat(tasks, report, move || trickle_down(target, Rc::clone(&b)));
-        repeat(tasks, report, move || unread_up(target, Rc::clone(&c)));
-        repeat(tasks, report, move || unread_down(target, Rc::clone(&d)));
-    }
+    let each = (args.bodies, BODY);
+    let counted = || Rc::clone(report);
+    repeat(tasks, report, each, || {
+        let report = counted();
+        move || for_a_while(trickle_up(target, Rc::clone(&report)))
+    });
+    repeat(tasks, report, each, || {
+        let report = counted();
+        move || for_a_while(trickle_down(target, Rc::clone(&report)))
+    });
+    repeat(tasks, report, each, || {
+        let report = counted();
+        move || for_a_while(unread_up(target, Rc::clone(&report)))
+    });
+    repeat(tasks, report, each, || {
+        let report = counted();
+        move || for_a_while(unread_down(target, Rc::clone(&report)))
+    });
+}
+
+async fn for_a_while(body: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    // That it had to be ended here is not a failure.
+    timeout(BODY, body).await.unwrap_or(Ok(()))
 }
 
 const UPLOAD: &str = "content-length: 1000000000\r\n";

@@ -114,6 +114,23 @@ fn the_leader_taints_nodes_whose_agent_has_been_away_for_a_while() {
         [],
         "one has taken the place of the other"
     );
+    let lifted = |at: &str| {
+        let mut objects = was_ready(&[("False", 20)]);
+        for node in objects.nodes.values_mut() {
+            let annotations = &mut Arc::make_mut(node).metadata.annotations;
+            annotations
+                .get_or_insert_default()
+                .insert(READY.into(), at.into());
+        }
+        changes(&objects, None, true)
+    };
+    assert_eq!(
+        lifted("2026-01-01T00:00:51Z"),
+        [],
+        "by another replica just now"
+    );
+    assert_eq!(lifted("2026-01-01T00:00:50.000000001Z"), []);
+    assert_eq!(lifted("2026-01-01T00:00:50Z"), node);
     assert_eq!(changes(&was_ready(&[("False", 20)]), None, false), []);
     assert_eq!(
         changes(&was_ready(&[("False", 20)]), Some(true), true),
@@ -153,11 +170,14 @@ async fn the_taints_of_others_stay() {
         _ => failure(405, "MethodNotAllowed"),
     });
     set(&Api::all(client), "node-1", true).await.unwrap();
-    let patch = asked.lock()[1].body.clone();
+    let mut patch = asked.lock()[1].body.clone();
+    let mark = patch["metadata"]["annotations"][READY].take();
+    let written: Timestamp = mark.as_str().unwrap().parse().unwrap();
+    assert!(!is_past(written, Timestamp::now()), "{mark}");
     assert_eq!(
         patch,
         json!({
-            "metadata": { "resourceVersion": "5", "annotations": { READY: "true" } },
+            "metadata": { "resourceVersion": "5", "annotations": { READY: null } },
             "spec": { "taints": [{ "key": "example.com/gpu", "effect": "NoExecute" }] },
         })
     );

@@ -2,13 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use bytes::Bytes;
 use h2::ext::Protocol as ExtendedProtocol;
-use http::header::{CONTENT_LENGTH, HeaderMap, UPGRADE};
+use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 
-use super::{Envelope, PREFIX, clean, open, open_response, seal, seal_response};
+use super::{Envelope, PREFIX, clean, large, open, open_response, seal, seal_response};
 use crate::fuzz::{Input, headers, part};
+use crate::http::body::Body;
 use crate::http::h1::HeaderCase;
 
 const VERSIONS: [Version; 3] = [Version::HTTP_10, Version::HTTP_11, Version::HTTP_2];
@@ -138,6 +140,28 @@ pub(crate) fn response(bytes: &[u8]) {
     assert!(!is_forged(&foreign.headers));
 }
 
+/// The part of a large head that crosses a tunnel before the body.
+pub(crate) fn head(bytes: &[u8]) {
+    let mut parsed = HeaderMap::new();
+    if large::parse(Bytes::copy_from_slice(bytes), &mut parsed).is_none() {
+        return;
+    }
+    assert!(!is_forged(&parsed));
+    assert!(!parsed.contains_key(UPGRADE) && !parsed.contains_key(TRANSFER_ENCODING));
+    let size: usize = parsed
+        .iter()
+        .map(|(n, v)| n.as_str().len() + v.len() + 32)
+        .sum();
+    assert!(size <= crate::tunnel::MAX_HEADER_LIST as usize);
+    let mut packed = parsed.clone();
+    let body = large::pack(&mut packed, Body::empty());
+    if let Some(bytes) = body.as_full().filter(|bytes| !bytes.is_empty()) {
+        assert_eq!(large::packed(&mut packed), Ok(bytes.len()));
+        large::parse(bytes.clone(), &mut packed).expect("packed and not parsed");
+    }
+    assert_eq!(packed, parsed);
+}
+
 fn is_forged(headers: &HeaderMap) -> bool {
     headers.keys().any(|name| name.as_str().starts_with(PREFIX))
 }
@@ -219,5 +243,25 @@ pub(crate) fn response_seeds() -> Vec<Vec<u8>> {
         seed(1, 101, "upgrade: websocket\nconnection: upgrade"),
         seed(1, 426, "upgrade: TLS/1.2\nconnection: upgrade"),
         seed(2, 204, "x: y"),
+    ]
+}
+
+pub(crate) fn head_seeds() -> Vec<Vec<u8>> {
+    let of = |headers: &[(&str, &str)]| {
+        let entry = |(name, value): &(&str, &str)| {
+            let lengths = [
+                &(name.len() as u16).to_be_bytes()[..],
+                &(value.len() as u32).to_be_bytes(),
+            ];
+            [&lengths.concat()[..], name.as_bytes(), value.as_bytes()].concat()
+        };
+        headers.iter().flat_map(entry).collect()
+    };
+    let long = "x".repeat(9000);
+    vec![
+        of(&[("cookie", &long), ("cookie", "b"), ("content-length", "3")]),
+        of(&[("x-a", "1"), ("connection", "close")]),
+        of(&[("warren-source", "10.0.0.1")]),
+        vec![0, 1, 0, 0, 0, 9, b'a'],
     ]
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::request::Parts;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, StatusCode};
 
 use super::{Judged, Tunnel};
 use crate::flow::Flow;
@@ -31,15 +31,16 @@ impl Tunnel {
         let context = Arc::clone(&self.worker.context);
         let (mut parts, stream) = request.into_parts();
         let body = Body::http2(stream, &parts.headers);
-        let judged = match wire::open(&mut parts) {
-            Err(error) => Err(error),
-            Ok(envelope) => {
-                flow.destination_address = envelope.target;
-                let judged = self.judge(envelope.target, Some(envelope.source), &mut flow);
-                judged.await.map(|judged| (judged, envelope))
-            }
+        let admitted = async {
+            let packed = wire::packed(&mut parts.headers)?;
+            let envelope = wire::open(&mut parts)?;
+            flow.destination_address = envelope.target;
+            let judged = self.judge(envelope.target, Some(envelope.source), &mut flow);
+            let judged = judged.await?;
+            let body = wire::unpack(packed, &mut parts.headers, body).await?;
+            Ok((judged, envelope, body))
         };
-        let (judged, envelope) = match judged {
+        let (judged, envelope, body) = match admitted.await {
             Ok(judged) => judged,
             Err(error) => {
                 flow.fail(&context, error);
@@ -79,6 +80,7 @@ async fn serve_request(
     (mut parts, mut body): (Parts, Body),
     respond: &mut SendResponse<Bytes>,
 ) {
+    let head = parts.method == Method::HEAD;
     // What an upgraded connection brings follows on the stream.
     let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
     let interims = Interims::default();
@@ -106,6 +108,7 @@ async fn serve_request(
             // A length of what is no body; HTTP/2 would hold the stream to it.
             parts.headers.remove(http::header::CONTENT_LENGTH);
             let (sends, writing) = upgrade::split(raw, follows);
+            let sends = wire::pack(&mut parts.headers, sends);
             let response = Response::from_parts(parts, sends);
             // Either direction may end before the other.
             let (_, written) = tokio::join!(connection::send(response, respond, account), writing);
@@ -113,6 +116,17 @@ async fn serve_request(
                 tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
             }
         }
-        _ => connection::send(Response::from_parts(parts, body), respond, account).await,
+        _ => {
+            // No DATA may follow otherwise (RFC 9110, 6.4.1).
+            let body = match head || is_bodiless(parts.status) {
+                true => body,
+                false => wire::pack(&mut parts.headers, body),
+            };
+            connection::send(Response::from_parts(parts, body), respond, account).await;
+        }
     }
+}
+
+fn is_bodiless(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
