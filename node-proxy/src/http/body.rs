@@ -193,8 +193,9 @@ impl Body {
     /// This one, with `first` before it.
     pub fn after(self, first: Bytes) -> Self {
         match (first.is_empty(), self.is_end_stream()) {
-            (true, _) => self,
-            (false, true) => Self::full(first),
+            // What has ended is known to be of no length.
+            (_, true) => Self::full(first),
+            (true, false) => self,
             (false, false) => Self::passing(Behind { first, body: self }),
         }
     }
