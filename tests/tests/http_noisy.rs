@@ -32,6 +32,8 @@ const COMES_BACK: Duration = Duration::from_secs(400);
 const CONNECTIONS: u64 = 4000;
 const REQUESTS: u64 = 200;
 const BUFFERED_KIB: u64 = 16 * 1024;
+/// Of a socket to an app, with the kernel's own overhead.
+const RECEIVE_BUFFER: usize = 512 * 1024;
 /// What the limits allow one pod to make a proxy hold (docs/reference/node-proxy.md), in KiB.
 const BOUND_KIB: u64 = CONNECTIONS * 12 + REQUESTS * 1331 + BUFFERED_KIB;
 
@@ -120,6 +122,9 @@ impl<'a> Beside<'a> {
             println!("  a proxy worked for {ran:.1?} and waited {waited:.1?} for a processor");
         }
         let throttled = self.quiet.throttled() - throttled;
+        if of == MESHED && kinds.contains(&"bodies") {
+            self.expect_small_receive_buffers();
+        }
         let noise = noise.map(Running::stop::<NoiseReport>);
         println!(
             "  {of} {kinds:?}: p50 {:.2} ms, p99 {:.2} ms, slowest {:.1} ms, lag {:.1} ms, \
@@ -167,6 +172,25 @@ impl<'a> Beside<'a> {
                     .sum();
                 assert!(used <= limit as f64, "{pod}: {used} {resource} of {limit}");
             }
+        }
+    }
+
+    /// The kernel does not take in megabytes of what nobody takes.
+    fn expect_small_receive_buffers(&self) {
+        let to_app = format!("dport = :{HTTP}");
+        for (pod, sockets) in [("noisy", "sport = :15001"), ("sink", &to_app)] {
+            let ss = ["ss", "-tmnH", "state", "established", sockets];
+            let listed = self.lab.exec((MESHED, pod), &ss).expect_ok().stdout;
+            let sizes = listed.split("skmem:(").skip(1).map(|memory| {
+                let size = memory.split(',').find_map(|field| field.strip_prefix("rb"));
+                let size = size.and_then(|size| size.parse::<usize>().ok());
+                size.unwrap_or_else(|| panic!("no receive buffer in {memory}"))
+            });
+            let largest = sizes
+                .max()
+                .unwrap_or_else(|| panic!("{pod}: no connection"));
+            println!("  {pod}: {} KiB of receive buffer at most", largest >> 10);
+            assert!(largest <= RECEIVE_BUFFER, "{pod}: {largest} bytes");
         }
     }
 
