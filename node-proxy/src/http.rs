@@ -8,7 +8,7 @@
 //! tunnel::serve ── wire ─────────────────────────────── callee ── apps
 //! ```
 
-use http::{Request, Version};
+use http::{HeaderMap, Request, Version};
 
 use crate::telemetry::http::Protocol;
 
@@ -33,6 +33,14 @@ mod story;
 pub mod upgrade;
 pub mod watched;
 pub mod wire;
+
+/// Bytes of names and values.
+fn size(headers: &HeaderMap) -> usize {
+    headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len())
+        .sum()
+}
 
 /// What a request counts as.
 fn protocol<B>(request: &Request<B>, grpc: bool) -> Protocol {

@@ -229,11 +229,11 @@ async fn through_tunnel(
     )
     .await;
     let (mut parts, body) = exchanged.map_err(|e| of_tunnel(&e))?.into_parts();
-    let unpacked = match wire::packed(&mut parts.headers) {
-        Ok(packed) => wire::unpack(packed, &mut parts.headers, body).await,
-        Err(error) => Err(error),
+    let unpacking = async {
+        let packed = wire::packed(&mut parts.headers)?;
+        wire::unpack(packed, &mut parts.headers, body).await
     };
-    let body = unpacked.map_err(|_| Failed {
+    let body = unpacking.await.map_err(|_| Failed {
         error: ProxyError::TunnelReset,
         cause: Some(Cause::ResetBeforeHeaders),
     })?;

@@ -35,6 +35,8 @@ mod tests;
 pub use case::HeaderCase;
 pub use client::{Client, FailedSend, Home, OnInterim, Raw, SendError, Upgraded};
 pub use head::AbsoluteForm;
+pub(crate) use head::has_no_body;
+pub(super) use hop::is_ours;
 pub use hop::remove_hop_by_hop;
 pub use incoming::IncomingBody;
 pub use server::{Reuse, Server};

@@ -103,9 +103,10 @@ impl Upgraded {
         let (read, write) = client.into_split();
         match way {
             Way::Raw(raw) => {
-                let sent = Body::boxed(Incoming::new(read, ahead, None));
+                let sent = Body::boxed(Incoming::new(read, None)).after(ahead);
                 let (from_app, to_app) = raw.stream.into_split();
-                let received = Body::boxed(Incoming::new(from_app, raw.ahead, raw.holding));
+                let received = Body::boxed(Incoming::new(from_app, raw.holding));
+                let received = received.after(raw.ahead);
                 let account = Some(account);
                 let up = write_body(sent, to_app, account);
                 tokio::try_join!(up, write_body(received, write, account)).map(|_| ())
@@ -114,10 +115,10 @@ impl Upgraded {
                 let (held, ended) = oneshot::channel();
                 let sent = Body::boxed(Incoming {
                     from: read,
-                    ahead,
                     _holding: None,
                     _held: Some(held),
                 });
+                let sent = sent.after(ahead);
                 if to.send(sent).is_err() {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
@@ -138,7 +139,7 @@ pub fn split(raw: h1::Raw, incoming: Body) -> (Body, impl Future<Output = io::Re
         .holding
         .as_ref()
         .map(|holding| Arc::clone(holding.account()));
-    let outgoing = Body::boxed(Incoming::new(read, raw.ahead, raw.holding));
+    let outgoing = Body::boxed(Incoming::new(read, raw.holding)).after(raw.ahead);
     let writing = async move { write_body(incoming, write, account.as_ref()).await };
     (outgoing, writing)
 }
@@ -174,17 +175,15 @@ async fn write_body(
 /// What a socket brings.
 struct Incoming {
     from: OwnedReadHalf,
-    ahead: Bytes,
     _holding: Option<Holding>,
     /// Whoever waits for the end of this.
     _held: Option<oneshot::Sender<()>>,
 }
 
 impl Incoming {
-    fn new(from: OwnedReadHalf, ahead: Bytes, holding: Option<Holding>) -> Self {
+    fn new(from: OwnedReadHalf, holding: Option<Holding>) -> Self {
         Self {
             from,
-            ahead,
             _holding: holding,
             _held: None,
         }
@@ -200,10 +199,6 @@ impl http_body::Body for Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        if !this.ahead.is_empty() {
-            let ahead = std::mem::take(&mut this.ahead);
-            return Poll::Ready(Some(Ok(Frame::data(ahead))));
-        }
         // Asked for before there is memory to read into: an idle connection holds none.
         ready!(this.from.as_ref().poll_read_ready(cx)).map_err(BodyError::Io)?;
         let mut chunk = BytesMut::with_capacity(CHUNK);

@@ -167,7 +167,7 @@ pub(super) fn response(
 }
 
 /// Whether a response to `method` with `status` never has a body (RFC 9112 6.3, rule 1).
-pub(super) fn has_no_body(method: &Method, status: StatusCode) -> bool {
+pub(crate) fn has_no_body(method: &Method, status: StatusCode) -> bool {
     *method == Method::HEAD
         || status.is_informational()
         || status == StatusCode::NO_CONTENT

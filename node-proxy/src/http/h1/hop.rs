@@ -62,7 +62,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
 }
 
 /// Whether a header is written by the codec itself or not at all.
-pub(super) fn is_ours(name: &HeaderName) -> bool {
+pub(in crate::http) fn is_ours(name: &HeaderName) -> bool {
     *name == header::CONNECTION
         || *name == header::TRANSFER_ENCODING
         || *name == KEEP_ALIVE

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 
 use crate::budget::{Account, Charge, Resource};
 use crate::http::body::{self, Passing};
+use crate::http::size;
 
 /// Frames that are kept at most, so that a body of many tiny ones is bounded too.
 const MAX_FRAMES: usize = 1024;
@@ -237,13 +238,6 @@ impl<B> State<B> {
             self.trailers = Some(trailers.clone());
         }
     }
-}
-
-fn size(headers: &HeaderMap) -> usize {
-    headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len())
-        .sum()
 }
 
 #[cfg(test)]

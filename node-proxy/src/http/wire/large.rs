@@ -14,6 +14,8 @@ use tokio::time::timeout;
 
 use super::PREFIX;
 use crate::http::body::Body;
+use crate::http::h1::is_ours;
+use crate::http::size;
 use crate::tunnel::MAX_HEADER_LIST;
 
 const HEAD: HeaderName = HeaderName::from_static("warren-head");
@@ -28,10 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Takes what is long off a large head, and puts it before the body.
 pub fn pack(headers: &mut HeaderMap, body: Body) -> Body {
-    let size: usize = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len())
-        .sum();
+    let size = size(headers);
     if size < LARGE {
         return body;
     }
@@ -137,11 +136,7 @@ pub(super) fn parse(mut packed: Bytes, headers: &mut HeaderMap) -> Option<()> {
 
 /// What a peer may not say there: a proxy's own word, and what HTTP/2 forbids (RFC 9113, 8.2.2).
 fn is_forbidden(name: &HeaderName) -> bool {
-    name.as_str().starts_with(PREFIX)
-        || matches!(
-            name.as_str(),
-            "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade"
-        )
+    name.as_str().starts_with(PREFIX) || is_ours(name) || *name == header::UPGRADE
 }
 
 #[cfg(test)]
@@ -223,6 +218,13 @@ mod tests {
             all(unpack(0, &mut sent, body).await.unwrap()).await,
             b"content"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_does_not_come_is_not_waited_for_without_end() {
+        let (_later, body) = crate::http::upgrade::deferred();
+        let read = unpack(10, &mut HeaderMap::new(), body).await;
+        assert_eq!(read.unwrap_err(), ProxyError::SlowRequest);
     }
 
     async fn is_refused(length: usize, bytes: Bytes) -> bool {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response};
 
 use super::{Judged, Tunnel};
 use crate::flow::Flow;
@@ -14,6 +14,7 @@ use crate::http::answer::{self, is_grpc};
 use crate::http::body::Body;
 use crate::http::callee::{self, Call};
 use crate::http::connection::Interims;
+use crate::http::h1;
 use crate::http::upgrade::{self, Upgraded};
 use crate::http::{connection, wire};
 use crate::pods::Pod;
@@ -80,7 +81,7 @@ async fn serve_request(
     (mut parts, mut body): (Parts, Body),
     respond: &mut SendResponse<Bytes>,
 ) {
-    let head = parts.method == Method::HEAD;
+    let method = parts.method.clone();
     // What an upgraded connection brings follows on the stream.
     let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
     let interims = Interims::default();
@@ -117,16 +118,12 @@ async fn serve_request(
             }
         }
         _ => {
-            // No DATA may follow otherwise (RFC 9110, 6.4.1).
-            let body = match head || is_bodiless(parts.status) {
+            // No DATA may follow on the head of an answer that has no body.
+            let body = match h1::has_no_body(&method, parts.status) {
                 true => body,
                 false => wire::pack(&mut parts.headers, body),
             };
             connection::send(Response::from_parts(parts, body), respond, account).await;
         }
     }
-}
-
-fn is_bodiless(status: StatusCode) -> bool {
-    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
