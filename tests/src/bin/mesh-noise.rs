@@ -1,5 +1,5 @@
 //! A workload that does its worst over HTTP/1 from inside a pod until it is told to stop: connections without end, huge
-//! headers, bodies that hardly move. It asks at a fixed rate, however it fares: who is refused at once, or served
+//! headers, bodies that hardly move. It asks at a fixed rate at most: who is refused at once, or served
 //! faster, asks no more often, so that two paths can be compared under the same load.
 //! Prints `noisy` when it is under way and a JSON report ([`NoiseReport`]) at the end.
 
@@ -51,7 +51,7 @@ enum Kind {
 const OPENING: usize = 64;
 /// Huge heads in each [`EVERY`], each on a connection of its own: 320 a second.
 const HEADERS: usize = 16;
-/// Some two thirds of what the generator's share of a processor is enough for where nothing is between it and its app.
+/// As much as the generator's share of a processor is enough for where nothing is between it and its app.
 const EVERY: Duration = Duration::from_millis(50);
 /// Until all of it is under way.
 const START: Duration = Duration::from_secs(2);
@@ -184,29 +184,36 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
 type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
 
 fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
-    let each = (args.bodies, BODY);
-    let counted = || Rc::clone(report);
-    repeat(tasks, report, each, || {
-        let report = counted();
-        move || for_a_while(trickle_up(target, Rc::clone(&report)))
+    let count = args.bodies;
+    endless(tasks, report, count, move |report| {
+        trickle_up(target, report)
     });
-    repeat(tasks, report, each, || {
-        let report = counted();
-        move || for_a_while(trickle_down(target, Rc::clone(&report)))
+    endless(tasks, report, count, move |report| {
+        trickle_down(target, report)
     });
-    repeat(tasks, report, each, || {
-        let report = counted();
-        move || for_a_while(unread_up(target, Rc::clone(&report)))
+    endless(tasks, report, count, move |report| {
+        unread_up(target, report)
     });
-    repeat(tasks, report, each, || {
-        let report = counted();
-        move || for_a_while(unread_down(target, Rc::clone(&report)))
+    endless(tasks, report, count, move |report| {
+        unread_down(target, report)
     });
 }
 
-async fn for_a_while(body: impl Future<Output = io::Result<()>>) -> io::Result<()> {
-    // That it had to be ended here is not a failure.
-    timeout(BODY, body).await.unwrap_or(Ok(()))
+/// So many bodies of a sort at once.
+fn endless<F: Future<Output = io::Result<()>> + 'static>(
+    tasks: &mut JoinSet<()>,
+    report: &Report,
+    count: usize,
+    body: impl Fn(Report) -> F + Copy + 'static,
+) {
+    repeat(tasks, report, (count, BODY), || {
+        let report = Rc::clone(report);
+        move || {
+            let body = timeout(BODY, body(Rc::clone(&report)));
+            // That it had to be ended here is not a failure.
+            async move { body.await.unwrap_or(Ok(())) }
+        }
+    });
 }
 
 const UPLOAD: &str = "content-length: 1000000000\r\n";
