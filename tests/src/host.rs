@@ -77,6 +77,19 @@ pub fn scheduled(pid: u32) -> [Duration; 2] {
     all
 }
 
+/// Processor time that the machine beneath this one gave to others (proc_stat(5), "steal"; in hundredths of a second),
+/// while something here wanted to run.
+#[track_caller]
+pub fn stolen() -> Duration {
+    let stat = fs::read_to_string("/proc/stat").expect("/proc/stat is readable");
+    let ticks = stat
+        .lines()
+        .next()
+        .and_then(|all| all.split_whitespace().nth(8)?.parse().ok());
+    let ticks: u64 = ticks.unwrap_or_else(|| panic!("no steal in {stat}"));
+    Duration::from_millis(ticks * 10)
+}
+
 /// Namespaces, processes, mounts and files that a lab left.
 pub fn leftovers(lab: &LabFootprint) -> Vec<String> {
     let mut left = Vec::new();

@@ -127,19 +127,35 @@ impl HoldReport {
     }
 }
 
-/// What a `mesh-noise` got done.
+/// Connections that a `mesh-noise` opens in a second.
+pub const NOISE_CONNECTIONS: u64 = 1280;
+/// Huge heads that it sends in a second.
+pub const NOISE_HEADS: u64 = 320;
+/// Slow bodies that it has under way at once.
+pub const NOISE_BODIES: u64 = 400;
+
+/// What a `mesh-noise` did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NoiseReport {
-    /// Connections that were opened and answered.
-    pub connections: u64,
+    /// Connections with a request each.
+    pub connections: Noise,
     /// Most of them that were held at once.
     pub most_held: u64,
-    /// Huge heads that were answered.
-    pub heads: u64,
-    /// Slow bodies that were begun.
-    pub bodies: u64,
-    /// What was begun and did not go on: refused, reset, not answered.
-    pub failed: u64,
+    /// Huge heads.
+    pub heads: Noise,
+    /// Slow bodies.
+    pub bodies: Noise,
+    /// How long it was at it.
+    pub seconds: f64,
+}
+
+/// One kind of noise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Noise {
+    /// What was tried.
+    pub begun: u64,
+    /// Connections and heads that were answered, bodies that were under way; the rest was refused, reset or waits.
+    pub done: u64,
 }
 
 /// A client in a pod that runs until it is told to stop.

@@ -1,7 +1,7 @@
 //! Line 6: a workload that does its worst beside a quiet one on the same node. No request of the quiet one fails, and
 //! the proxies' memory stays below what the limits say and comes back. With `WARREN_TEST_LONG` on an idle machine also:
-//! the quiet one's p99 at most doubles against the same load without the mesh: the noise comes at a fixed rate at most,
-//! so that it is the same on both paths if both let it. Of slow bodies it does not hold yet (docs/performance.md).
+//! the quiet one's p99 at most doubles against the same load without the mesh. The noise comes at a fixed rate, so that
+//! it is the same on both paths, and a round counts only where the machine beneath left this one its processors.
 //!
 //! Generators and servers have a bounded share of the processor, so that the proxies are measured and not who gets
 //! the processor. The noisy ones also yield to everybody: else they run their whole share at a stretch, and the
@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use serde_json::json;
 use warren_tests::cgroup::CpuGroup;
-use warren_tests::host::{allocated_kib, scheduled, status_field};
+use warren_tests::host::{allocated_kib, scheduled, status_field, stolen};
 use warren_tests::http::{HTTP, RequestReport, requests_within};
 use warren_tests::lab::{Lab, Options};
-use warren_tests::load::{NoiseReport, Running};
+use warren_tests::load::{
+    NOISE_BODIES, NOISE_CONNECTIONS, NOISE_HEADS, Noise, NoiseReport, Running,
+};
 use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service_of};
 use warren_tests::scenario::{Scenario, scenario};
 use warren_tests::wait::{let_run, wait_until};
@@ -24,6 +26,12 @@ const MESHED: &str = "demo";
 const DIRECT: &str = "plain";
 /// The quiet workload's p99, as a multiple of what it is without the mesh.
 const MOST: f64 = 2.0;
+/// Of the noise that is due; with less, two paths do not have the same load.
+const LEAST: f64 = 0.9;
+/// Of a round's four seconds. One processor gone for 12 ms makes three of its 1,200 requests slow, twelve are its p99.
+const STOLEN: Duration = Duration::from_millis(20);
+/// For one that counts.
+const TRIES: usize = 12;
 /// Medians of so many rounds are compared.
 const ROUNDS: usize = 5;
 /// After the noise: an upload whose app does not read is given up after five minutes.
@@ -39,10 +47,9 @@ const BOUND_KIB: u64 = CONNECTIONS * 12 + REQUESTS * 1331 + BUFFERED_KIB;
 
 #[test]
 fn a_noisy_workload_does_not_slow_a_quiet_one() {
-    scenario(Duration::from_secs(1200), |s| {
-        let long = std::env::var_os("WARREN_TEST_LONG").is_some();
-        let rounds = if long { ROUNDS } else { 1 };
+    scenario(Duration::from_secs(1800), |s| {
         let beside = Beside::begin(s);
+        let rounds = if beside.long { ROUNDS } else { 1 };
         let mut slowed = Vec::new();
         for (phase, kinds) in [
             ("connections", &["connections"][..]),
@@ -53,13 +60,13 @@ fn a_noisy_workload_does_not_slow_a_quiet_one() {
             let mut p99 = [Vec::new(), Vec::new()];
             for _ in 0..rounds {
                 for (at, of) in [DIRECT, MESHED].into_iter().enumerate() {
-                    p99[at].push(beside.noise(of, kinds).p99_ms);
+                    p99[at].push(beside.round(of, kinds));
                 }
             }
             let [direct, meshed] = p99.map(median);
             let ratio = meshed / direct;
             println!("{phase}: p99 {direct:.2} ms direct, {meshed:.2} ms meshed: {ratio:.2}");
-            if long && ratio > MOST {
+            if beside.long && ratio > MOST {
                 slowed.push(format!("{phase}: {meshed:.2} ms against {direct:.2} ms"));
             }
         }
@@ -71,6 +78,8 @@ fn a_noisy_workload_does_not_slow_a_quiet_one() {
 /// Two workloads on the same nodes.
 struct Beside<'a> {
     s: &'a Scenario,
+    /// Latencies are compared.
+    long: bool,
     lab: Lab,
     /// What each proxy had allocated, and the most that was resident, before any noise.
     before: [(u64, u64); 2],
@@ -82,10 +91,11 @@ struct Beside<'a> {
 impl<'a> Beside<'a> {
     fn begin(s: &'a Scenario) -> Self {
         let quiet = CpuGroup::new("quiet", 60);
-        let noisy = CpuGroup::new("noisy", 30).idle();
+        let noisy = CpuGroup::new("noisy", 50).idle();
         let lab = lab(s, &quiet, &noisy);
         let mut beside = Self {
             s,
+            long: std::env::var_os("WARREN_TEST_LONG").is_some(),
             lab,
             before: Default::default(),
             quiet,
@@ -99,8 +109,25 @@ impl<'a> Beside<'a> {
         beside
     }
 
+    /// The quiet workload's p99, in ms, of a round in which it had the processors that it is measured with.
+    fn round(&self, of: &str, kinds: &[&str]) -> f64 {
+        for _ in 0..TRIES {
+            let round = self.noise(of, kinds);
+            if !self.long {
+                return round.quiet.p99_ms;
+            }
+            if round.stolen <= STOLEN {
+                self.expect_same_load(of, kinds, &round.noise);
+                return round.quiet.p99_ms;
+            }
+        }
+        panic!(
+            "in each of {TRIES} rounds more than {STOLEN:?} went to other machines: run this on an idle one"
+        );
+    }
+
     /// The quiet workload's requests while the noisy one does that.
-    fn noise(&self, of: &str, kinds: &[&str]) -> RequestReport {
+    fn noise(&self, of: &str, kinds: &[&str]) -> Round {
         let Self { s, lab, .. } = self;
         let target = format!("sink:{HTTP}");
         let mut args = vec!["--target", &target];
@@ -116,7 +143,9 @@ impl<'a> Beside<'a> {
         let workers = NODES.map(|node| lab.worker(node));
         let before = workers.map(scheduled);
         let throttled = self.quiet.throttled();
-        let report = requests_within(lab, (of, "quiet"), &self.quiet, &args);
+        let taken = stolen();
+        let quiet = requests_within(lab, (of, "quiet"), &self.quiet, &args);
+        let stolen = stolen() - taken;
         for (worker, before) in workers.into_iter().zip(before) {
             let [ran, waited] = [0, 1].map(|n| scheduled(worker)[n] - before[n]);
             println!("  a proxy worked for {ran:.1?} and waited {waited:.1?} for a processor");
@@ -125,29 +154,33 @@ impl<'a> Beside<'a> {
         if of == MESHED && kinds.contains(&"bodies") {
             self.expect_small_receive_buffers();
         }
-        let noise = noise.map(Running::stop::<NoiseReport>);
+        let noise = noise.map(Running::stop::<NoiseReport>).unwrap_or_default();
         println!(
             "  {of} {kinds:?}: p50 {:.2} ms, p99 {:.2} ms, slowest {:.1} ms, lag {:.1} ms, \
-             {throttled} periods without processor; {noise:?}",
-            report.p50_ms, report.p99_ms, report.slowest_ms, report.lag_ms
+             {throttled} periods without processor, {stolen:?} stolen; {noise:?}",
+            quiet.p50_ms, quiet.p99_ms, quiet.slowest_ms, quiet.lag_ms
         );
-        report.expect_no_failure(&format!("the quiet workload of {of} beside {kinds:?}"));
-        if let Some(noise) = noise {
-            self.expect_noise(kinds, &noise);
+        quiet.expect_no_failure(&format!("the quiet workload of {of} beside {kinds:?}"));
+        for (kind, noise, _) in kinds_of(kinds, &noise) {
+            assert!(noise.done >= 10, "{kind}: {noise:?}");
+        }
+        if !kinds.is_empty() {
             self.expect_bounded(kinds);
         }
-        report
+        Round {
+            quiet,
+            noise,
+            stolen,
+        }
     }
 
-    /// The noise was what it is meant to be.
-    fn expect_noise(&self, kinds: &[&str], noise: &NoiseReport) {
-        for kind in kinds {
-            let done = match *kind {
-                "connections" => noise.connections,
-                "headers" => noise.heads,
-                _ => noise.bodies,
-            };
-            assert!(done >= 10, "{kind}: {noise:?}");
+    /// The noise was all that it is meant to be.
+    fn expect_same_load(&self, of: &str, kinds: &[&str], report: &NoiseReport) {
+        for (kind, noise, due) in kinds_of(kinds, report) {
+            assert!(
+                noise.begun as f64 >= due * LEAST,
+                "{of}: {due} {kind} were due: {report:?}"
+            );
         }
     }
 
@@ -223,6 +256,29 @@ impl<'a> Beside<'a> {
         let kib = peak.trim_end_matches(" kB").parse();
         kib.expect("the kernel counts in kB")
     }
+}
+
+struct Round {
+    quiet: RequestReport,
+    noise: NoiseReport,
+    /// While the quiet workload was measured.
+    stolen: Duration,
+}
+
+/// What was done of these kinds, and how much of each was due.
+fn kinds_of<'k>(kinds: &[&'k str], report: &NoiseReport) -> Vec<(&'k str, Noise, f64)> {
+    let of = |kind| match kind {
+        "connections" => (
+            report.connections,
+            NOISE_CONNECTIONS as f64 * report.seconds,
+        ),
+        "headers" => (report.heads, NOISE_HEADS as f64 * report.seconds),
+        _ => (report.bodies, NOISE_BODIES as f64),
+    };
+    kinds
+        .iter()
+        .map(|&kind| (kind, of(kind).0, of(kind).1))
+        .collect()
 }
 
 /// Both workloads twice, in the mesh and outside it: clients on node 1, servers on node 2.

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
-use warren_tests::load::NoiseReport;
+use warren_tests::load::{NOISE_BODIES, NOISE_CONNECTIONS, NOISE_HEADS, Noise, NoiseReport};
 
 #[derive(Parser)]
 struct Args {
@@ -29,9 +29,6 @@ struct Args {
     /// Connections that are held open at once; then the oldest makes room
     #[arg(long, default_value_t = 6000)]
     connections: usize,
-    /// Bodies of each sort that are under way at once
-    #[arg(long, default_value_t = 100)]
-    bodies: usize,
     /// Ends when this file exists
     #[arg(long)]
     stop: PathBuf,
@@ -47,11 +44,8 @@ enum Kind {
     Bodies,
 }
 
-/// Connections that are opened in each [`EVERY`]: 1,280 a second.
-const OPENING: usize = 64;
-/// Huge heads in each [`EVERY`], each on a connection of its own: 320 a second.
-const HEADERS: usize = 16;
-/// As much as the generator's share of a processor is enough for where nothing is between it and its app.
+/// Between two connections, or two heads, of one of those that send them. At the rates of `warren_tests::load`, which
+/// are about what the generator's share of a processor is enough for where nothing is between it and its app.
 const EVERY: Duration = Duration::from_millis(50);
 /// Until all of it is under way.
 const START: Duration = Duration::from_secs(2);
@@ -75,13 +69,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let report = Report::default();
     let done = Rc::clone(&report);
+    let begin = std::time::Instant::now();
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let mut tasks = JoinSet::new();
         for kind in &args.kind {
             match kind {
                 Kind::Connections => connections(&mut tasks, &args, target, &report),
                 Kind::Headers => headers(&mut tasks, target, &report),
-                Kind::Bodies => bodies(&mut tasks, &args, target, &report),
+                Kind::Bodies => bodies(&mut tasks, target, &report),
             }
         }
         println!("noisy");
@@ -90,15 +85,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         tasks.shutdown().await;
     });
+    done.borrow_mut().seconds = begin.elapsed().as_secs_f64();
     println!("{}", serde_json::to_string(&*done.borrow())?);
     Ok(())
+}
+
+/// How many there are at once for so many a second, each every [`EVERY`].
+const fn at_once(a_second: u64) -> usize {
+    (a_second * EVERY.as_millis() as u64 / 1000) as usize
 }
 
 /// Does something `slots` times in each `every`, spread evenly; `slot` makes what one of them does again and again. What
 /// takes longer is not done twice at once.
 fn repeat<F, G>(
     tasks: &mut JoinSet<()>,
-    report: &Report,
+    counted: Counted,
     (slots, every): (usize, Duration),
     slot: impl Fn() -> F,
 ) where
@@ -108,34 +109,65 @@ fn repeat<F, G>(
     let begin = Instant::now();
     for number in 0..slots {
         let offset = every.min(START).mul_f64(number as f64 / slots as f64);
-        let (report, once) = (Rc::clone(report), slot());
+        let (counted, once) = (counted.clone(), slot());
         tasks.spawn_local(async move {
             let mut ticks = interval_at(begin + offset, every);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
-                if once().await.is_err() {
-                    report.borrow_mut().failed += 1;
-                }
+                counted.update(|noise| noise.begun += 1);
+                // That it is refused is expected; it is not counted as done.
+                let _ = once().await;
             }
         });
     }
 }
 
+/// Where one kind of noise is counted.
+#[derive(Clone)]
+struct Counted {
+    report: Report,
+    of: fn(&mut NoiseReport) -> &mut Noise,
+}
+
+impl Counted {
+    fn new(report: &Report, of: fn(&mut NoiseReport) -> &mut Noise) -> Self {
+        let report = Rc::clone(report);
+        Self { report, of }
+    }
+
+    fn update(&self, update: impl FnOnce(&mut Noise)) {
+        update((self.of)(&mut self.report.borrow_mut()));
+    }
+
+    fn done(&self) {
+        self.update(|noise| noise.done += 1);
+    }
+}
+
+/// Closed without waiting: who closes thousands of connections in order has no port left before long.
+async fn connect(target: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(target).await?;
+    stream.set_zero_linger()?;
+    Ok(stream)
+}
+
 fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
     let held = Rc::new(RefCell::new(VecDeque::new()));
     let most = args.connections;
-    repeat(tasks, report, (OPENING, EVERY), || {
-        let (held, report) = (Rc::clone(&held), Rc::clone(report));
+    let counted = Counted::new(report, |report| &mut report.connections);
+    let slots = at_once(NOISE_CONNECTIONS);
+    repeat(tasks, counted.clone(), (slots, EVERY), || {
+        let (held, counted) = (Rc::clone(&held), counted.clone());
         move || {
-            let (held, report) = (Rc::clone(&held), Rc::clone(&report));
+            let (held, counted) = (Rc::clone(&held), counted.clone());
             async move {
-                let mut stream = TcpStream::connect(target).await?;
+                let mut stream = connect(target).await?;
                 ask(&mut stream, "").await?;
+                counted.done();
                 let mut held = held.borrow_mut();
                 held.push_back(stream);
-                let mut report = report.borrow_mut();
-                report.connections += 1;
+                let mut report = counted.report.borrow_mut();
                 report.most_held = report.most_held.max(held.len() as u64);
                 if held.len() > most {
                     held.pop_front();
@@ -155,24 +187,26 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
         head.into()
     };
     let (huge, too_huge) = (of(95), of(160));
-    repeat(tasks, report, (HEADERS, EVERY), || {
+    let counted = Counted::new(report, |report| &mut report.heads);
+    let slots = at_once(NOISE_HEADS);
+    repeat(tasks, counted.clone(), (slots, EVERY), || {
         let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
-        let (series, report) = (Series::default(), Rc::clone(report));
+        let (series, counted) = (Series::default(), counted.clone());
         move || {
             let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
-            let (series, report) = (Rc::clone(&series), Rc::clone(&report));
+            let (series, counted) = (Rc::clone(&series), counted.clone());
             async move {
                 let begun = series.take();
                 let (mut stream, seen) = match begun {
                     Some(begun) => begun,
-                    None => (TcpStream::connect(target).await?, 0),
+                    None => (connect(target).await?, 0),
                 };
                 if seen == SERIES {
                     // Refused, and the connection closed.
                     return ask(&mut stream, &too_huge).await;
                 }
                 ask(&mut stream, &huge).await?;
-                report.borrow_mut().heads += 1;
+                counted.done();
                 series.replace(Some((stream, seen + 1)));
                 Ok(())
             }
@@ -183,33 +217,26 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
 /// A connection that sends huge heads, and how many it has sent.
 type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
 
-fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
-    let count = args.bodies;
-    endless(tasks, report, count, move |report| {
-        trickle_up(target, report)
-    });
-    endless(tasks, report, count, move |report| {
-        trickle_down(target, report)
-    });
-    endless(tasks, report, count, move |report| {
-        unread_up(target, report)
-    });
-    endless(tasks, report, count, move |report| {
-        unread_down(target, report)
-    });
+/// As many of each sort.
+fn bodies(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
+    let counted = Counted::new(report, |report| &mut report.bodies);
+    endless(tasks, &counted, move |c| trickle_up(target, c));
+    endless(tasks, &counted, move |c| trickle_down(target, c));
+    endless(tasks, &counted, move |c| unread_up(target, c));
+    endless(tasks, &counted, move |c| unread_down(target, c));
 }
 
-/// So many bodies of a sort at once.
 fn endless<F: Future<Output = io::Result<()>> + 'static>(
     tasks: &mut JoinSet<()>,
-    report: &Report,
-    count: usize,
-    body: impl Fn(Report) -> F + Copy + 'static,
+    counted: &Counted,
+    body: impl Fn(Counted) -> F + Copy + 'static,
 ) {
-    repeat(tasks, report, (count, BODY), || {
-        let report = Rc::clone(report);
+    const SORTS: u64 = 4;
+    let count = (NOISE_BODIES / SORTS) as usize;
+    repeat(tasks, counted.clone(), (count, BODY), || {
+        let counted = counted.clone();
         move || {
-            let body = timeout(BODY, body(Rc::clone(&report)));
+            let body = timeout(BODY, body(counted.clone()));
             // That it had to be ended here is not a failure.
             async move { body.await.unwrap_or(Ok(())) }
         }
@@ -218,20 +245,20 @@ fn endless<F: Future<Output = io::Result<()>> + 'static>(
 
 const UPLOAD: &str = "content-length: 1000000000\r\n";
 
-async fn trickle_up(target: SocketAddr, report: Report) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn trickle_up(target: SocketAddr, counted: Counted) -> io::Result<()> {
+    let mut stream = connect(target).await?;
     send_head(&mut stream, "POST", "/", UPLOAD).await?;
-    report.borrow_mut().bodies += 1;
+    counted.done();
     loop {
         stream.write_all(&[b'x'; 64]).await?;
         sleep(TRICKLE).await;
     }
 }
 
-async fn trickle_down(target: SocketAddr, report: Report) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn trickle_down(target: SocketAddr, counted: Counted) -> io::Result<()> {
+    let mut stream = connect(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
-    report.borrow_mut().bodies += 1;
+    counted.done();
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
         sleep(TRICKLE).await;
@@ -240,21 +267,21 @@ async fn trickle_down(target: SocketAddr, report: Report) -> io::Result<()> {
 }
 
 /// To an app that does not read.
-async fn unread_up(target: SocketAddr, report: Report) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn unread_up(target: SocketAddr, counted: Counted) -> io::Result<()> {
+    let mut stream = connect(target).await?;
     let headers = format!("x-control: read=3600000\r\n{UPLOAD}");
     send_head(&mut stream, "POST", "/", &headers).await?;
-    report.borrow_mut().bodies += 1;
+    counted.done();
     let some = [b'x'; 64 * 1024];
     loop {
         stream.write_all(&some).await?;
     }
 }
 
-async fn unread_down(target: SocketAddr, report: Report) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn unread_down(target: SocketAddr, counted: Counted) -> io::Result<()> {
+    let mut stream = connect(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
-    report.borrow_mut().bodies += 1;
+    counted.done();
     // Nothing is read, so its end is not found by reading.
     loop {
         sleep(TRICKLE * 10).await;
