@@ -314,7 +314,7 @@ pub(crate) struct Up {
     #[arg(long, default_value = mesh_api::names::DEFAULT_TRUST_DOMAIN)]
     pub(crate) trust_domain: String,
     /// Data-plane threads of each proxy
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) workers: u16,
     /// Where warren-controller, warren-cni and warren-node-proxy are (default: beside this program, then PATH)
     #[arg(long, value_name = "DIR")]

@@ -49,6 +49,8 @@ pub const ROUTE_TABLE: u32 = 100;
 
 /// ALPN between Warren nodes.
 pub const ALPN_WARREN: &[u8] = b"warren/1";
+/// ALPN between Warren nodes of which both also take large heads before the body of a message.
+pub const ALPN_WARREN_2: &[u8] = b"warren/2";
 /// ALPN of HBONE peers.
 pub const ALPN_HBONE: &[u8] = b"h2";
 /// Response header naming the cause of an answer that the proxy made itself.

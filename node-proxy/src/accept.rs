@@ -57,6 +57,7 @@ pub async fn run(
         ready = loaded.wait_for(|loaded| *loaded) => if ready.is_err() { return },
     }
     let mut turn = workers.iter().cycle();
+    let mut accepting = Some(workers[0].accepting());
     loop {
         tokio::select! {
             biased;
@@ -65,10 +66,12 @@ pub async fn run(
                 if changed.is_err() {
                     return;
                 }
+                drop(accepting.take());
                 tokio::select! {
                     () = stop.cancelled() => return,
                     resumed = draining.wait_for(|draining| !*draining) => if resumed.is_err() { return },
                 }
+                accepting = Some(workers[0].accepting());
             }
             accepted = listener.accept() => match accepted {
                 Ok((socket, peer)) => {
@@ -122,16 +125,16 @@ fn begin(worker: &Arc<Worker>, capture: &Capture, socket: TcpStream, peer: Socke
             worker.spawn(Arc::clone(&pod.turns).take(serving));
         }
         Capture::Hbone(pod) => {
-            worker.spawn_untracked(tunnel::serve::serve(
-                own,
-                Entrance::Pod(Arc::clone(pod)),
-                socket,
-                peer,
-            ));
+            let entrance = Entrance::Pod(Arc::clone(pod));
+            worker.spawn_tunnel(tunnel::serve::serve(own, entrance, socket, peer));
         }
-        Capture::Tunnel => {
-            worker.spawn_untracked(tunnel::serve::serve(own, Entrance::Node, socket, peer))
-        }
+        Capture::Tunnel => worker.spawn_tunnel(async move {
+            // Its events are to come on its own thread, which need not be the one that accepted.
+            match socket.into_std().and_then(TcpStream::from_std) {
+                Ok(socket) => tunnel::serve::serve(own, Entrance::Node, socket, peer).await,
+                Err(error) => tracing::warn!(%peer, %error, "a tunnel's socket cannot be used"),
+            }
+        }),
     }
 }
 

@@ -30,7 +30,7 @@ pub struct Config {
     pub metrics_listen: SocketAddr,
     /// `GET /healthz/live` and `/healthz/ready`. Default `[::]:15021`.
     pub health_listen: SocketAddr,
-    /// Threads of the data plane, 1..=256. Default 1.
+    /// Threads of the data plane, 1..=256. Default 2.
     pub workers: usize,
     /// Seconds between SIGTERM and SIGKILL, at least 6. The drain ends 5 s earlier. Default 30.
     pub termination_grace_seconds: u64,
@@ -112,7 +112,7 @@ impl Default for Config {
             admin_socket: "/run/warren/admin.sock".into(),
             metrics_listen: any(METRICS_PORT),
             health_listen: any(HEALTH_PORT),
-            workers: 1,
+            workers: 2,
             termination_grace_seconds: 30,
             access_log: access_log::Format::default(),
             access_log_query: false,
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn defaults_fill_what_is_not_said() {
         let config = load("node: node-1\ncontroller: {address: '10.0.0.1:15012'}\n").unwrap();
-        assert_eq!(config.workers, 1);
+        assert_eq!(config.workers, 2);
         assert_eq!(config.metrics_listen.to_string(), "[::]:15020");
         assert_eq!(config.drain_time(), Duration::from_secs(25));
         assert_eq!(config.metrics.bounds(), Bounds::default());

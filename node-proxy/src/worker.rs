@@ -20,6 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::accept::{self, Capture};
 use crate::connections::{Connection, Connections, Listed, Row};
@@ -89,6 +90,7 @@ pub struct Worker {
     pub handshakes: Arc<Handshakes>,
     handle: Handle,
     tasks: TaskTracker,
+    sources: TaskTracker,
     draining: watch::Receiver<bool>,
 }
 
@@ -108,7 +110,10 @@ pub struct PodListeners {
 pub struct Workers {
     context: Arc<Context>,
     workers: Vec<Arc<Worker>>,
+    /// Connections and streams.
     tasks: TaskTracker,
+    /// What they come from: listeners that accept, and tunnels.
+    sources: TaskTracker,
     draining: watch::Sender<bool>,
     homes: Mutex<HashMap<Arc<str>, Home>>,
     tunnel_listeners: Mutex<CancellationToken>,
@@ -141,6 +146,16 @@ impl Worker {
         let turns = Arc::default();
         all.insert(caller.clone(), Arc::downgrade(&turns));
         turns
+    }
+
+    /// Runs a tunnel: a drain waits until its peer knows that it takes no more streams.
+    pub fn spawn_tunnel(&self, tunnel: impl Future<Output = ()> + Send + 'static) {
+        self.sources.spawn_on(tunnel, &self.handle);
+    }
+
+    /// To be held while connections are accepted.
+    pub fn accepting(&self) -> TaskTrackerToken {
+        self.sources.token()
     }
 
     /// Runs something that a drain does not wait for.
@@ -179,7 +194,7 @@ impl Workers {
         context
             .telemetry
             .register(|registry| registry.register_collector(Box::new(budgets)));
-        let tasks = TaskTracker::new();
+        let (tasks, sources) = (TaskTracker::new(), TaskTracker::new());
         let (draining, drain) = watch::channel(false);
         let handshakes = Handshakes::new(descriptor_limit());
         let mut workers = Vec::new();
@@ -198,6 +213,7 @@ impl Workers {
                 context: Arc::clone(&context),
                 handle: start_thread(number, stopping)?,
                 tasks: tasks.clone(),
+                sources: sources.clone(),
                 draining: drain.clone(),
             }));
             stop.push(stopped);
@@ -208,6 +224,7 @@ impl Workers {
             context,
             workers,
             tasks,
+            sources,
             draining,
             homes: Mutex::default(),
             tunnel_listeners: Mutex::default(),
@@ -301,8 +318,14 @@ impl Workers {
 
     /// Ends when all connections have ended, or at the deadline.
     pub async fn drain(&self, deadline: Instant) {
+        self.sources.close();
         self.tasks.close();
-        let ended = tokio::time::timeout_at(deadline, self.tasks.wait()).await;
+        // In this order: a stream may begin until its tunnel has ended.
+        let all = async {
+            self.sources.wait().await;
+            self.tasks.wait().await;
+        };
+        let ended = tokio::time::timeout_at(deadline, all).await;
         if ended.is_err() {
             tracing::warn!(
                 connections = self.context.connections.len(),

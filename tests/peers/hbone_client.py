@@ -1,6 +1,7 @@
-"""An HBONE (or warren/1) client, written from the wire format alone.
+"""An HBONE (or warren/1, warren/2) client, written from the wire format alone.
 
-Opens a mutual-TLS connection, one CONNECT stream, sends bytes, ends its half, reads to the end.
+Opens a mutual-TLS connection, one CONNECT stream, sends bytes, ends its half, reads to the end; with another method,
+a request without a body.
 Prints one JSON object: {"tls": "ok"|error, "alpn", "peer": URI, "status", "headers", "answer"}.
 """
 
@@ -29,6 +30,7 @@ def arguments():
     parser.add_argument("--forwarded", help="value of the header `forwarded`")
     parser.add_argument("--send", default="", help="bytes to send once the stream is open")
     parser.add_argument("--method", default="CONNECT")
+    parser.add_argument("--header", action="append", default=[], help="name=value")
     parser.add_argument("--tls12", action="store_true", help="offer nothing newer than TLS 1.2")
     parser.add_argument("--timeout", type=float, default=10)
     return parser.parse_args()
@@ -79,7 +81,9 @@ def exchange(stream, args, result):
     headers.append((":authority", args.authority))
     if args.forwarded:
         headers.append(("forwarded", args.forwarded))
-    connection.send_headers(stream_id, headers)
+    headers += [tuple(header.split("=", 1)) for header in args.header]
+    is_request = args.method != "CONNECT"
+    connection.send_headers(stream_id, headers, end_stream=is_request)
     stream.sendall(connection.data_to_send())
     answer = b""
     ended = False
@@ -95,7 +99,9 @@ def exchange(stream, args, result):
                 fields = {name.decode(): value.decode() for name, value in event.headers}
                 result["status"] = int(fields.pop(":status"))
                 result["headers"] = fields
-                if result["status"] == 200:
+                if is_request:
+                    pass
+                elif result["status"] == 200:
                     connection.send_data(stream_id, args.send.encode(), end_stream=True)
                 else:
                     ended = True

@@ -1,6 +1,6 @@
 //! Line 7: a peer with a certificate of another CA, of the wrong identity, or expired is refused on both
 //! sides, with a reason in log and metric; a tunnel stream to a pod that is not local, or with a source
-//! address that is not the caller's, is refused.
+//! address that is not the caller's, is refused. And what two nodes speak is what both know.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use mesh_api::identity::Identity;
 use serde_json::Value;
+use warren_tests::http::HTTP;
 use warren_tests::lab::{Lab, Options, PodRef};
 use warren_tests::load::attempt;
 use warren_tests::manifest::{
@@ -186,6 +187,68 @@ fn the_callees_node_refuses_bad_certificates_and_bad_streams() {
             );
             assert_eq!(failed() - before, 1.0, "{what}: the metric of {reason}");
             lab.wait_for_log(&["node/node-2"], reason);
+        }
+    });
+}
+
+/// `warren/2` is `warren/1` and large heads before the body: in both directions only where the peer knows it too.
+#[test]
+fn an_older_node_gets_large_heads_where_it_looks_for_them() {
+    scenario(Duration::from_secs(120), |s| {
+        let root = Authority::new("the mesh's root");
+        let ca = s.fresh_path("ca");
+        root.write(&ca);
+        let manifests = [
+            meshed_namespace("demo"),
+            namespace("outside", &[]),
+            account("demo", "client"),
+            account("demo", "web"),
+            Pod::idle("demo", "client", "node-1"),
+            Pod::idle(ATTACKER.0, ATTACKER.1, "node-1"),
+            Pod::http("demo", "web", "node-2").build(),
+        ];
+        let options = Options {
+            ca: Some(ca.clone()),
+            args: vec![],
+        };
+        let lab = s.lab_with(2, &manifests, &options);
+        let tunnel = Tunnel {
+            lab: &lab,
+            roots: ca.join("root.crt"),
+            python: interpreter(),
+        };
+        let web = Identity::new("cluster.local", "demo", "web").expect("a valid identity");
+        let leaf = root.workload(&s.fresh_path("client"), CLIENT_ID);
+        let target = format!("warren-target={}:{HTTP}", lab.pod(("demo", "web")).v4());
+        let source = format!("warren-source={}", lab.pod(CLIENT).v4());
+        let own = format!("x-own={}", "o".repeat(20_000));
+        let mut request = vec!["--method", "GET"];
+        for header in [&target, &source, &own] {
+            request.extend(["--header", header]);
+        }
+        request.extend(["--header", "warren-version=1.1"]);
+        request.extend(["--header", "x-control=header=20000"]);
+        for (alpn, packs) in [("warren/1", false), ("warren/2", true)] {
+            let asked = [&request[..], &["--alpn", alpn]].concat();
+            let answer = tunnel.open_as(&web, Some(&leaf), "web", None, &asked);
+            assert_eq!(
+                (&answer["alpn"], &answer["status"]),
+                (&alpn.into(), &200.into()),
+                "{answer}"
+            );
+            let headers = &answer["headers"];
+            assert_eq!(headers["x-large"].is_string(), !packs, "{alpn}: {headers}");
+            assert_eq!(
+                headers["warren-head"].is_string(),
+                packs,
+                "{alpn}: {headers}"
+            );
+            let body = answer["answer"].as_str().unwrap_or_default();
+            assert_eq!(body.starts_with('{'), !packs, "{alpn}: {body}");
+            assert!(
+                body.contains(&"o".repeat(20_000)),
+                "{alpn}: what the app saw: {body}"
+            );
         }
     });
 }

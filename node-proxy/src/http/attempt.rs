@@ -218,7 +218,10 @@ async fn through_tunnel(
         let (known, later) = deferred();
         (client, body) = (Some(known), later);
     }
-    let body = wire::pack(&mut parts.headers, body);
+    let body = match slot.large_heads() {
+        true => wire::pack(&mut parts.headers, body),
+        false => body,
+    };
     let mut send = slot.take_sender();
     let request = Request::from_parts(parts, body);
     let exchanged = exchange(

@@ -88,13 +88,13 @@ async fn handshake(
         result: "internal",
     };
     let name = ServerName::try_from(callee.server_name()).map_err(|_| internal)?;
-    let alpn = config.alpn_protocols.first().cloned();
     let tls = TlsConnector::from(config)
         .connect(name, BufReader::with_capacity(READ_AHEAD, tcp))
         .await
         .map_err(|e| refusal(&e))?;
     let state = tls.get_ref().1;
-    if state.alpn_protocol() != alpn.as_deref() {
+    // One that was not offered has failed the handshake.
+    if state.alpn_protocol().is_none() {
         return Err(Refusal {
             error: ProxyError::TunnelHandshake,
             result: "protocol",

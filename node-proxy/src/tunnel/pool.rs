@@ -104,6 +104,7 @@ struct Tunnel {
     closed: AtomicBool,
     generations: (u64, u64),
     valid_until: SystemTime,
+    large_heads: bool,
     idle_since: Mutex<Instant>,
 }
 
@@ -286,6 +287,7 @@ impl Pool {
                     closed: AtomicBool::new(false),
                     generations: tls.generations,
                     valid_until: peer.not_after.min(local.not_after),
+                    large_heads: peer.large_heads,
                     idle_since: Mutex::new(Instant::now()),
                 });
                 self.forget_dial(&key, Some(Arc::clone(&tunnel)));
@@ -384,6 +386,11 @@ impl Tunnel {
 }
 
 impl Slot {
+    /// Whether the peer takes large heads before the body.
+    pub fn large_heads(&self) -> bool {
+        self.tunnel.large_heads
+    }
+
     /// Takes the sender that is ready; the place stays taken until the slot drops.
     pub fn take_sender(&mut self) -> SendRequest<Bytes> {
         std::mem::replace(&mut self.send, self.tunnel.send.clone())

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use dashmap::DashMap;
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
-use mesh_api::names::{ALPN_HBONE, ALPN_WARREN};
+use mesh_api::names::{ALPN_HBONE, ALPN_WARREN, ALPN_WARREN_2};
 use mesh_api::tls::{
     PeerRole, UriClientVerifier, UriServerVerifier, not_after, uri_name, verify_chain,
 };
@@ -27,10 +27,20 @@ use crate::identity::{LocalIdentity, Trust};
 /// What kind of peer a tunnel is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// `warren/1` at the node's address.
+    /// `warren/2` or `warren/1` at the node's address.
     Warren,
     /// HBONE at the pod's address.
     Hbone,
+}
+
+impl Kind {
+    /// ALPN, what is preferred first.
+    fn protocols(self) -> Vec<Vec<u8>> {
+        match self {
+            Self::Warren => vec![ALPN_WARREN_2.into(), ALPN_WARREN.into()],
+            Self::Hbone => vec![ALPN_HBONE.into()],
+        }
+    }
 }
 
 const SESSIONS: usize = 256;
@@ -63,13 +73,10 @@ pub fn client_config(
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
             &local.certified,
         ))));
+    config.alpn_protocols = kind.protocols();
     match kind {
-        Kind::Warren => {
-            config.alpn_protocols = vec![ALPN_WARREN.into()];
-            config.resumption = Resumption::in_memory_sessions(4);
-        }
+        Kind::Warren => config.resumption = Resumption::in_memory_sessions(4),
         Kind::Hbone => {
-            config.alpn_protocols = vec![ALPN_HBONE.into()];
             config.resumption = Resumption::disabled();
             config.enable_sni = false;
         }
@@ -150,10 +157,7 @@ fn server_config(
             true,
         ))
         .with_cert_resolver(resolver);
-    config.alpn_protocols = vec![match kind {
-        Kind::Warren => ALPN_WARREN.into(),
-        Kind::Hbone => ALPN_HBONE.into(),
-    }];
+    config.alpn_protocols = kind.protocols();
     config.session_storage = match kind {
         Kind::Warren => ServerSessionMemoryCache::new(SESSIONS),
         Kind::Hbone => Arc::new(rustls::server::NoServerSessionStorage {}),
@@ -179,6 +183,8 @@ pub struct Peer {
     pub not_after: SystemTime,
     /// The session was resumed.
     pub resumed: bool,
+    /// It takes large heads before the body of a message.
+    pub large_heads: bool,
 }
 
 /// Reads the peer off a finished handshake. A resumed session proves what the peer showed in an earlier
@@ -198,6 +204,7 @@ pub fn peer(state: &CommonState, role: PeerRole, trust: &Trust) -> Result<Peer, 
         identity,
         not_after: SystemTime::UNIX_EPOCH + end,
         resumed,
+        large_heads: state.alpn_protocol() == Some(ALPN_WARREN_2),
     })
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::request::Parts;
-use http::{Method, Request, Response};
+use http::{HeaderMap, Method, Request, Response};
 
 use super::{Judged, Tunnel};
 use crate::flow::Flow;
@@ -19,7 +19,6 @@ use crate::http::upgrade::{self, Upgraded};
 use crate::http::{connection, wire};
 use crate::pods::Pod;
 use crate::telemetry::Security;
-use crate::worker::Worker;
 
 impl Tunnel {
     /// An HTTP request of its own.
@@ -64,66 +63,75 @@ impl Tunnel {
                 .and_then(|reference| context.table.service_port(envelope.target, &reference)),
             security: Security::MutualTls,
         };
-        serve_request(&self.worker, &pod, &call, (parts, body), &mut respond).await;
+        self.serve_request(&pod, &call, (parts, body), &mut respond)
+            .await;
         drop((charge, captured));
+    }
+
+    async fn serve_request(
+        &self,
+        pod: &Arc<Pod>,
+        call: &Call,
+        (mut parts, mut body): (Parts, Body),
+        respond: &mut SendResponse<Bytes>,
+    ) {
+        let method = parts.method.clone();
+        // What an upgraded connection brings follows on the stream.
+        let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
+        let interims = Interims::default();
+        parts.extensions.insert(interims.sink());
+        let request = Request::from_parts(parts, body);
+        let mut delivering = Box::pin(callee::deliver(&self.worker, pod, call, request));
+        let response = loop {
+            tokio::select! {
+                biased;
+                head = interims.next() => connection::inform(head, respond),
+                response = &mut delivering => break response,
+                // The caller gave up.
+                _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+            }
+        };
+        while let Some(head) = interims.take() {
+            connection::inform(head, respond);
+        }
+        let (mut parts, body) = response.into_parts();
+        let upgraded = parts.extensions.remove::<Upgraded>();
+        wire::seal_response(&mut parts);
+        let account = Some(&pod.account);
+        match (upgraded.and_then(Upgraded::into_raw), follows) {
+            (Some((raw, _held)), Some(follows)) => {
+                // A length of what is no body; HTTP/2 would hold the stream to it.
+                parts.headers.remove(http::header::CONTENT_LENGTH);
+                let (sends, writing) = upgrade::split(raw, follows);
+                let sends = self.pack(&mut parts.headers, sends);
+                let response = Response::from_parts(parts, sends);
+                // Either direction may end before the other.
+                let (_, written) =
+                    tokio::join!(connection::send(response, respond, account), writing);
+                if let Err(error) = written {
+                    tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
+                }
+            }
+            _ => {
+                // No DATA may follow on the head of an answer that has no body.
+                let body = match h1::has_no_body(&method, parts.status) {
+                    true => body,
+                    false => self.pack(&mut parts.headers, body),
+                };
+                connection::send(Response::from_parts(parts, body), respond, account).await;
+            }
+        }
+    }
+
+    fn pack(&self, headers: &mut HeaderMap, body: Body) -> Body {
+        match self.peer.large_heads {
+            true => wire::pack(headers, body),
+            false => body,
+        }
     }
 }
 
 /// Anything but the CONNECT of a TCP connection.
 pub(super) fn is_request(request: &Request<RecvStream>) -> bool {
     request.method() != Method::CONNECT || request.extensions().get::<h2::ext::Protocol>().is_some()
-}
-
-async fn serve_request(
-    worker: &Arc<Worker>,
-    pod: &Arc<Pod>,
-    call: &Call,
-    (mut parts, mut body): (Parts, Body),
-    respond: &mut SendResponse<Bytes>,
-) {
-    let method = parts.method.clone();
-    // What an upgraded connection brings follows on the stream.
-    let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
-    let interims = Interims::default();
-    parts.extensions.insert(interims.sink());
-    let request = Request::from_parts(parts, body);
-    let mut delivering = Box::pin(callee::deliver(worker, pod, call, request));
-    let response = loop {
-        tokio::select! {
-            biased;
-            head = interims.next() => connection::inform(head, respond),
-            response = &mut delivering => break response,
-            // The caller gave up.
-            _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
-        }
-    };
-    while let Some(head) = interims.take() {
-        connection::inform(head, respond);
-    }
-    let (mut parts, body) = response.into_parts();
-    let upgraded = parts.extensions.remove::<Upgraded>();
-    wire::seal_response(&mut parts);
-    let account = Some(&pod.account);
-    match (upgraded.and_then(Upgraded::into_raw), follows) {
-        (Some((raw, _held)), Some(follows)) => {
-            // A length of what is no body; HTTP/2 would hold the stream to it.
-            parts.headers.remove(http::header::CONTENT_LENGTH);
-            let (sends, writing) = upgrade::split(raw, follows);
-            let sends = wire::pack(&mut parts.headers, sends);
-            let response = Response::from_parts(parts, sends);
-            // Either direction may end before the other.
-            let (_, written) = tokio::join!(connection::send(response, respond, account), writing);
-            if let Err(error) = written {
-                tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
-            }
-        }
-        _ => {
-            // No DATA may follow on the head of an answer that has no body.
-            let body = match h1::has_no_body(&method, parts.status) {
-                true => body,
-                false => wire::pack(&mut parts.headers, body),
-            };
-            connection::send(Response::from_parts(parts, body), respond, account).await;
-        }
-    }
 }

@@ -1,4 +1,5 @@
-//! A resumed session dies with either certificate and at every change of the trust bundle.
+//! A resumed session dies with either certificate and at every change of the trust bundle. What two ends speak is what both
+//! know.
 
 use std::time::Duration;
 
@@ -222,5 +223,24 @@ async fn hbone_peers_are_given_no_session() {
     for _ in 0..2 {
         let server = servers.get(&callee, &trust, Kind::Hbone).unwrap();
         assert!(!resumed(connect(&client, server, &trust).await));
+    }
+}
+
+#[tokio::test]
+async fn both_ends_speak_what_both_know() {
+    let ca = ca();
+    let roots = Roots::of(&[&ca]);
+    let trust = roots.now();
+    let (caller, callee) = (ca.issue("client", 3600, 1), ca.issue("web", 3600, 2));
+    let newest = ServerConfigs::default()
+        .get(&callee, &trust, Kind::Warren)
+        .unwrap();
+    let mut older = (*newest).clone();
+    older.alpn_protocols = vec![ALPN_WARREN.into()];
+    for (server, expected) in [(newest, true), (Arc::new(older), false)] {
+        let client = dialling(&caller, &trust, &callee);
+        let (near, far) = connect(&client, server, &trust).await;
+        assert_eq!(near.unwrap().large_heads, expected);
+        assert_eq!(far.unwrap().large_heads, expected);
     }
 }
