@@ -1,8 +1,8 @@
 //! Tunnels between nodes: TLS 1.3 with the identities of the two workloads, HTTP/2 inside, one stream a
 //! connection.
 //!
-//! Between Warren nodes the ALPN is `warren/2` (`warren/1` if one of them is older), the address the node's; the server name selects the
-//! callee's certificate. HBONE peers speak ALPN `h2` at the pod's address, without server name (istio's
+//! Between Warren nodes the ALPN is `warren/2` (`warren/1` if one of them is older), the address the node's;
+//! the server name selects the callee's certificate. HBONE peers speak ALPN `h2` at the pod's address, without server name (istio's
 //! HBONE; `docs/architecture.md`).
 
 use std::net::{IpAddr, SocketAddr};

@@ -316,7 +316,7 @@ impl Workers {
         self.draining.send_replace(false);
     }
 
-    /// Ends when all connections have ended, or at the deadline.
+    /// Ends when nothing is accepted any more and all connections have ended, or at the deadline.
     pub async fn drain(&self, deadline: Instant) {
         self.sources.close();
         self.tasks.close();
@@ -329,6 +329,7 @@ impl Workers {
         if ended.is_err() {
             tracing::warn!(
                 connections = self.context.connections.len(),
+                tunnels = self.sources.len(),
                 "drain deadline: ending what is left"
             );
         }

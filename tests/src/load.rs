@@ -154,7 +154,7 @@ pub struct NoiseReport {
 pub struct Noise {
     /// What was tried.
     pub begun: u64,
-    /// Connections and heads that were answered, bodies that were under way; the rest was refused, reset or waits.
+    /// Connections and heads that were answered, bodies that are under way; the rest was refused, reset or waits.
     pub done: u64,
 }
 

@@ -191,7 +191,8 @@ fn the_callees_node_refuses_bad_certificates_and_bad_streams() {
     });
 }
 
-/// `warren/2` is `warren/1` and large heads before the body: in both directions only where the peer knows it too.
+/// `warren/2` is `warren/1` and large heads before the body. Here a node answers one that knows it and one that does not; that
+/// both ends of a tunnel go by the same is in `tunnel::tls`.
 #[test]
 fn an_older_node_gets_large_heads_where_it_looks_for_them() {
     scenario(Duration::from_secs(120), |s| {

@@ -13,7 +13,7 @@ pub enum Phase {
     Serving,
     /// Accepts no more, keeps those it has, and may be told to accept again.
     Drained,
-    /// Accepts no more, and ends with its last connection or at the deadline.
+    /// Accepts no more, and ends with its last connection and tunnel or at the deadline.
     Terminating {
         /// When it ends in any case.
         deadline: Instant,

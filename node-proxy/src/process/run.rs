@@ -1,7 +1,7 @@
 //! The worker process: puts the parts together, runs them, and ends them in order.
 //!
 //! One thread runs everything that is not traffic (discovery, certificates, broker, admin); the data path
-//! has threads of its own. On SIGTERM the process stops accepting and ends with its last connection, or
+//! has threads of its own. On SIGTERM the process stops accepting and ends with its last connection and tunnel, or
 //! 5 s before the grace period does; a second signal ends it at once.
 
 use std::io;

@@ -15,7 +15,7 @@ use mesh_api::tls::PeerRole;
 use rustls::server::Acceptor;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -41,6 +41,8 @@ mod request;
 use request::is_request;
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a peer that is silent while this process drains, and has no stream here.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a stream waits for the table to know its source.
@@ -83,15 +85,12 @@ pub async fn serve(
             drop(socket);
             Err(*refusal)
         }
-        Ok(_) => timeout(
-            HANDSHAKE_TIMEOUT,
-            Box::pin(handshake(&worker, &entrance, socket)),
-        )
-        .await
-        .unwrap_or(Err(Refusal {
-            error: ProxyError::TunnelHandshake,
-            result: "handshake_timeout",
-        })),
+        Ok(_) => in_time(&worker, Box::pin(handshake(&worker, &entrance, socket)))
+            .await
+            .unwrap_or(Err(Refusal {
+                error: ProxyError::TunnelHandshake,
+                result: "handshake_timeout",
+            })),
     };
     let _charge = admitted.ok().and_then(|(_turn, charge)| charge);
     let result = match &outcome {
@@ -132,6 +131,22 @@ pub async fn serve(
             });
             tunnel.run(tls).await;
         }
+    }
+}
+
+/// `None`: it took too long, or longer than a process that drains waits.
+async fn in_time<T>(worker: &Worker, step: impl Future<Output = T>) -> Option<T> {
+    let mut draining = worker.draining();
+    let drained = async {
+        // Nobody is left to say it where the process ends.
+        let _ = draining.wait_for(|draining| *draining).await;
+        sleep(DRAIN_PATIENCE).await;
+    };
+    tokio::select! {
+        biased;
+        done = step => Some(done),
+        () = sleep(HANDSHAKE_TIMEOUT) => None,
+        () = drained => None,
     }
 }
 
@@ -235,11 +250,10 @@ impl Tunnel {
             .max_concurrent_streams(MAX_STREAMS)
             .enable_connect_protocol()
             .handshake(Paced::new(tls));
-        let mut connection: Connection<_, Bytes> =
-            match timeout(HANDSHAKE_TIMEOUT, connection).await {
-                Ok(Ok(connection)) => connection,
-                Ok(Err(_)) | Err(_) => return,
-            };
+        let mut connection: Connection<_, Bytes> = match in_time(&self.worker, connection).await {
+            Some(Ok(connection)) => connection,
+            Some(Err(_)) | None => return,
+        };
         let Some(mut ping) = connection.ping_pong() else {
             return;
         };
@@ -286,6 +300,10 @@ impl Tunnel {
                         connection.graceful_shutdown();
                     }
                 }
+                // It should have closed by now: each stream holds the tunnel.
+                () = sleep(DRAIN_PATIENCE), if leaving => if Arc::strong_count(&self) == 1 {
+                    return;
+                },
             }
         }
     }

@@ -55,6 +55,8 @@ const SERIES: usize = 8;
 const BODY: Duration = Duration::from_secs(8);
 /// Between two pieces of a body that trickles.
 const TRICKLE: Duration = Duration::from_millis(20);
+/// Until the first of an answer has come.
+const FIRST: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
 const LARGE: &str = "size=16777216";
 
@@ -145,7 +147,7 @@ impl Counted {
     }
 }
 
-/// Closed without waiting: who closes thousands of connections in order has no port left before long.
+/// A connection that is closed without waiting: who closes thousands of connections in order has no port left before long.
 async fn connect(target: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(target).await?;
     stream.set_zero_linger()?;
@@ -203,7 +205,9 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
                 };
                 if seen == SERIES {
                     // Refused, and the connection closed.
-                    return ask(&mut stream, &too_huge).await;
+                    ask(&mut stream, &too_huge).await?;
+                    counted.done();
+                    return Ok(());
                 }
                 ask(&mut stream, &huge).await?;
                 counted.done();
@@ -220,45 +224,51 @@ type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
 /// As many of each sort.
 fn bodies(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
     let counted = Counted::new(report, |report| &mut report.bodies);
-    endless(tasks, &counted, move |c| trickle_up(target, c));
-    endless(tasks, &counted, move |c| trickle_down(target, c));
-    endless(tasks, &counted, move |c| unread_up(target, c));
-    endless(tasks, &counted, move |c| unread_down(target, c));
+    endless(tasks, &counted, move || trickle_up(target));
+    endless(tasks, &counted, move || trickle_down(target));
+    endless(tasks, &counted, move || unread_up(target));
+    endless(tasks, &counted, move || unread_down(target));
 }
 
 fn endless<F: Future<Output = io::Result<()>> + 'static>(
     tasks: &mut JoinSet<()>,
     counted: &Counted,
-    body: impl Fn(Counted) -> F + Copy + 'static,
+    body: impl Fn() -> F + Copy + 'static,
 ) {
     const SORTS: u64 = 4;
     let count = (NOISE_BODIES / SORTS) as usize;
     repeat(tasks, counted.clone(), (count, BODY), || {
         let counted = counted.clone();
         move || {
-            let body = timeout(BODY, body(counted.clone()));
-            // That it had to be ended here is not a failure.
-            async move { body.await.unwrap_or(Ok(())) }
+            let counted = counted.clone();
+            let body = timeout(BODY, body());
+            async move {
+                counted.done();
+                // None ends by itself.
+                let Ok(ended) = body.await else {
+                    return Ok(());
+                };
+                counted.update(|noise| noise.done -= 1);
+                ended
+            }
         }
     });
 }
 
 const UPLOAD: &str = "content-length: 1000000000\r\n";
 
-async fn trickle_up(target: SocketAddr, counted: Counted) -> io::Result<()> {
-    let mut stream = connect(target).await?;
+async fn trickle_up(target: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(target).await?;
     send_head(&mut stream, "POST", "/", UPLOAD).await?;
-    counted.done();
     loop {
         stream.write_all(&[b'x'; 64]).await?;
         sleep(TRICKLE).await;
     }
 }
 
-async fn trickle_down(target: SocketAddr, counted: Counted) -> io::Result<()> {
-    let mut stream = connect(target).await?;
+async fn trickle_down(target: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
-    counted.done();
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
         sleep(TRICKLE).await;
@@ -267,24 +277,26 @@ async fn trickle_down(target: SocketAddr, counted: Counted) -> io::Result<()> {
 }
 
 /// To an app that does not read.
-async fn unread_up(target: SocketAddr, counted: Counted) -> io::Result<()> {
-    let mut stream = connect(target).await?;
+async fn unread_up(target: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(target).await?;
     let headers = format!("x-control: read=3600000\r\n{UPLOAD}");
     send_head(&mut stream, "POST", "/", &headers).await?;
-    counted.done();
     let some = [b'x'; 64 * 1024];
     loop {
         stream.write_all(&some).await?;
     }
 }
 
-async fn unread_down(target: SocketAddr, counted: Counted) -> io::Result<()> {
-    let mut stream = connect(target).await?;
+async fn unread_down(target: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
-    counted.done();
-    // Nothing is read, so its end is not found by reading.
+    // Nothing is read, so its end is not found by reading: a refusal is shorter than what waits here otherwise.
+    let mut first = vec![0; 32 * 1024];
     loop {
-        sleep(TRICKLE * 10).await;
+        sleep(FIRST).await;
+        if stream.peek(&mut first).await? < first.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         if let Some(error) = stream.take_error()? {
             return Err(error);
         }
