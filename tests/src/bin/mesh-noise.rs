@@ -29,6 +29,12 @@ struct Args {
     /// Connections that are held open at once; then the oldest makes room
     #[arg(long, default_value_t = 6000)]
     connections: usize,
+    /// Of the rates, and of the bodies
+    #[arg(long, default_value_t = 100)]
+    percent: u64,
+    /// Bodies end by a reset: else a server has for minutes what nobody takes
+    #[arg(long)]
+    reset: bool,
     /// Ends when this file exists
     #[arg(long)]
     stop: PathBuf,
@@ -77,8 +83,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for kind in &args.kind {
             match kind {
                 Kind::Connections => connections(&mut tasks, &args, target, &report),
-                Kind::Headers => headers(&mut tasks, target, &report),
-                Kind::Bodies => bodies(&mut tasks, target, &report),
+                Kind::Headers => headers(&mut tasks, &args, target, &report),
+                Kind::Bodies => bodies(&mut tasks, &args, target, &report),
             }
         }
         println!("noisy");
@@ -158,7 +164,7 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     let held = Rc::new(RefCell::new(VecDeque::new()));
     let most = args.connections;
     let counted = Counted::new(report, |report| &mut report.connections);
-    let slots = at_once(NOISE_CONNECTIONS);
+    let slots = at_once(NOISE_CONNECTIONS * args.percent / 100);
     repeat(tasks, counted.clone(), (slots, EVERY), || {
         let (held, counted) = (Rc::clone(&held), counted.clone());
         move || {
@@ -180,7 +186,7 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     });
 }
 
-fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
+fn headers(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
     let of = |count: usize| -> Rc<str> {
         let value = "x".repeat(600);
         let head: String = (0..count)
@@ -190,7 +196,7 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
     };
     let (huge, too_huge) = (of(95), of(160));
     let counted = Counted::new(report, |report| &mut report.heads);
-    let slots = at_once(NOISE_HEADS);
+    let slots = at_once(NOISE_HEADS * args.percent / 100);
     repeat(tasks, counted.clone(), (slots, EVERY), || {
         let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
         let (series, counted) = (Series::default(), counted.clone());
@@ -222,21 +228,23 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
 type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
 
 /// As many of each sort.
-fn bodies(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
+fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
+    const SORTS: u64 = 4;
+    let count = (NOISE_BODIES * args.percent / 100 / SORTS) as usize;
+    let target = (target, args.reset);
     let counted = Counted::new(report, |report| &mut report.bodies);
-    endless(tasks, &counted, move || trickle_up(target));
-    endless(tasks, &counted, move || trickle_down(target));
-    endless(tasks, &counted, move || unread_up(target));
-    endless(tasks, &counted, move || unread_down(target));
+    endless(tasks, &counted, count, move || trickle_up(target));
+    endless(tasks, &counted, count, move || trickle_down(target));
+    endless(tasks, &counted, count, move || unread_up(target));
+    endless(tasks, &counted, count, move || unread_down(target));
 }
 
 fn endless<F: Future<Output = io::Result<()>> + 'static>(
     tasks: &mut JoinSet<()>,
     counted: &Counted,
+    count: usize,
     body: impl Fn() -> F + Copy + 'static,
 ) {
-    const SORTS: u64 = 4;
-    let count = (NOISE_BODIES / SORTS) as usize;
     repeat(tasks, counted.clone(), (count, BODY), || {
         let counted = counted.clone();
         move || {
@@ -255,10 +263,20 @@ fn endless<F: Future<Output = io::Result<()>> + 'static>(
     });
 }
 
+/// Whether it is reset at the end.
+type Target = (SocketAddr, bool);
+
+async fn open((target, reset): Target) -> io::Result<TcpStream> {
+    match reset {
+        true => connect(target).await,
+        false => TcpStream::connect(target).await,
+    }
+}
+
 const UPLOAD: &str = "content-length: 1000000000\r\n";
 
-async fn trickle_up(target: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn trickle_up(target: Target) -> io::Result<()> {
+    let mut stream = open(target).await?;
     send_head(&mut stream, "POST", "/", UPLOAD).await?;
     loop {
         stream.write_all(&[b'x'; 64]).await?;
@@ -266,8 +284,8 @@ async fn trickle_up(target: SocketAddr) -> io::Result<()> {
     }
 }
 
-async fn trickle_down(target: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn trickle_down(target: Target) -> io::Result<()> {
+    let mut stream = open(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
@@ -277,8 +295,8 @@ async fn trickle_down(target: SocketAddr) -> io::Result<()> {
 }
 
 /// To an app that does not read.
-async fn unread_up(target: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn unread_up(target: Target) -> io::Result<()> {
+    let mut stream = open(target).await?;
     let headers = format!("x-control: read=3600000\r\n{UPLOAD}");
     send_head(&mut stream, "POST", "/", &headers).await?;
     let some = [b'x'; 64 * 1024];
@@ -287,8 +305,8 @@ async fn unread_up(target: SocketAddr) -> io::Result<()> {
     }
 }
 
-async fn unread_down(target: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
+async fn unread_down(target: Target) -> io::Result<()> {
+    let mut stream = open(target).await?;
     send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
     // Nothing is read, so its end is not found by reading: a refusal is shorter than what waits here otherwise.
     let mut first = vec![0; 32 * 1024];
