@@ -99,12 +99,10 @@ def exchange(stream, args, result):
                 fields = {name.decode(): value.decode() for name, value in event.headers}
                 result["status"] = int(fields.pop(":status"))
                 result["headers"] = fields
-                if is_request:
-                    pass
-                elif result["status"] == 200:
-                    connection.send_data(stream_id, args.send.encode(), end_stream=True)
-                else:
+                if result["status"] != 200:
                     ended = True
+                elif not is_request:
+                    connection.send_data(stream_id, args.send.encode(), end_stream=True)
             elif isinstance(event, h2.events.DataReceived):
                 answer += event.data
                 connection.acknowledge_received_data(event.flow_controlled_length, stream_id)

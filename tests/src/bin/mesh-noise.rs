@@ -29,9 +29,6 @@ struct Args {
     /// Connections that are held open at once; then the oldest makes room
     #[arg(long, default_value_t = 6000)]
     connections: usize,
-    /// Of the rates, and of the bodies
-    #[arg(long, default_value_t = 100)]
-    percent: u64,
     /// Bodies end by a reset: else a server has for minutes what nobody takes
     #[arg(long)]
     reset: bool,
@@ -83,7 +80,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for kind in &args.kind {
             match kind {
                 Kind::Connections => connections(&mut tasks, &args, target, &report),
-                Kind::Headers => headers(&mut tasks, &args, target, &report),
+                Kind::Headers => headers(&mut tasks, target, &report),
                 Kind::Bodies => bodies(&mut tasks, &args, target, &report),
             }
         }
@@ -164,7 +161,7 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     let held = Rc::new(RefCell::new(VecDeque::new()));
     let most = args.connections;
     let counted = Counted::new(report, |report| &mut report.connections);
-    let slots = at_once(NOISE_CONNECTIONS * args.percent / 100);
+    let slots = at_once(NOISE_CONNECTIONS);
     repeat(tasks, counted.clone(), (slots, EVERY), || {
         let (held, counted) = (Rc::clone(&held), counted.clone());
         move || {
@@ -186,7 +183,7 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     });
 }
 
-fn headers(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
+fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
     let of = |count: usize| -> Rc<str> {
         let value = "x".repeat(600);
         let head: String = (0..count)
@@ -196,7 +193,7 @@ fn headers(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Re
     };
     let (huge, too_huge) = (of(95), of(160));
     let counted = Counted::new(report, |report| &mut report.heads);
-    let slots = at_once(NOISE_HEADS * args.percent / 100);
+    let slots = at_once(NOISE_HEADS);
     repeat(tasks, counted.clone(), (slots, EVERY), || {
         let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
         let (series, counted) = (Series::default(), counted.clone());
@@ -229,64 +226,81 @@ type Series = Rc<RefCell<Option<(TcpStream, usize)>>>;
 
 /// As many of each sort.
 fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
-    const SORTS: u64 = 4;
-    let count = (NOISE_BODIES * args.percent / 100 / SORTS) as usize;
-    let target = (target, args.reset);
     let counted = Counted::new(report, |report| &mut report.bodies);
-    endless(tasks, &counted, count, move || trickle_up(target));
-    endless(tasks, &counted, count, move || trickle_down(target));
-    endless(tasks, &counted, count, move || unread_up(target));
-    endless(tasks, &counted, count, move || unread_down(target));
+    let down = Body::new(target, args.reset, "GET", &format!("/?{LARGE}"), "");
+    let up = Body::new(target, args.reset, "POST", "/", UPLOAD);
+    // To an app that does not read.
+    let unread = format!("x-control: read=3600000\r\n{UPLOAD}");
+    let unread = Body::new(target, args.reset, "POST", "/", &unread);
+    endless(tasks, &counted, &up, trickle_up);
+    endless(tasks, &counted, &down, trickle_down);
+    endless(tasks, &counted, &unread, unread_up);
+    endless(tasks, &counted, &down, unread_down);
 }
 
-fn endless<F: Future<Output = io::Result<()>> + 'static>(
+const UPLOAD: &str = "content-length: 1000000000\r\n";
+
+/// How a body begins.
+struct Body {
+    target: SocketAddr,
+    reset: bool,
+    head: String,
+}
+
+impl Body {
+    fn new(target: SocketAddr, reset: bool, method: &str, path: &str, headers: &str) -> Rc<Self> {
+        let head = head(method, path, headers);
+        Rc::new(Self {
+            target,
+            reset,
+            head,
+        })
+    }
+
+    async fn begin(&self) -> io::Result<TcpStream> {
+        let mut stream = match self.reset {
+            true => connect(self.target).await?,
+            false => TcpStream::connect(self.target).await?,
+        };
+        stream.write_all(self.head.as_bytes()).await?;
+        Ok(stream)
+    }
+}
+
+fn endless<F: Future<Output = io::Result<()>>>(
     tasks: &mut JoinSet<()>,
     counted: &Counted,
-    count: usize,
-    body: impl Fn() -> F + Copy + 'static,
+    body: &Rc<Body>,
+    go_on: impl Fn(TcpStream) -> F + Copy + 'static,
 ) {
+    const SORTS: u64 = 4;
+    let count = (NOISE_BODIES / SORTS) as usize;
     repeat(tasks, counted.clone(), (count, BODY), || {
-        let counted = counted.clone();
+        let (counted, body) = (counted.clone(), Rc::clone(body));
         move || {
-            let counted = counted.clone();
-            let body = timeout(BODY, body());
+            let (counted, body) = (counted.clone(), Rc::clone(&body));
             async move {
+                let stream = timeout(PATIENCE, body.begin()).await??;
                 counted.done();
                 // None ends by itself.
-                let Ok(ended) = body.await else {
-                    return Ok(());
-                };
-                counted.update(|noise| noise.done -= 1);
-                ended
+                if let Ok(ended) = timeout(BODY, go_on(stream)).await {
+                    counted.update(|noise| noise.done -= 1);
+                    return ended;
+                }
+                Ok(())
             }
         }
     });
 }
 
-/// Whether it is reset at the end.
-type Target = (SocketAddr, bool);
-
-async fn open((target, reset): Target) -> io::Result<TcpStream> {
-    match reset {
-        true => connect(target).await,
-        false => TcpStream::connect(target).await,
-    }
-}
-
-const UPLOAD: &str = "content-length: 1000000000\r\n";
-
-async fn trickle_up(target: Target) -> io::Result<()> {
-    let mut stream = open(target).await?;
-    send_head(&mut stream, "POST", "/", UPLOAD).await?;
+async fn trickle_up(mut stream: TcpStream) -> io::Result<()> {
     loop {
         stream.write_all(&[b'x'; 64]).await?;
         sleep(TRICKLE).await;
     }
 }
 
-async fn trickle_down(target: Target) -> io::Result<()> {
-    let mut stream = open(target).await?;
-    send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
+async fn trickle_down(mut stream: TcpStream) -> io::Result<()> {
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
         sleep(TRICKLE).await;
@@ -294,20 +308,14 @@ async fn trickle_down(target: Target) -> io::Result<()> {
     Err(io::ErrorKind::UnexpectedEof.into())
 }
 
-/// To an app that does not read.
-async fn unread_up(target: Target) -> io::Result<()> {
-    let mut stream = open(target).await?;
-    let headers = format!("x-control: read=3600000\r\n{UPLOAD}");
-    send_head(&mut stream, "POST", "/", &headers).await?;
+async fn unread_up(mut stream: TcpStream) -> io::Result<()> {
     let some = [b'x'; 64 * 1024];
     loop {
         stream.write_all(&some).await?;
     }
 }
 
-async fn unread_down(target: Target) -> io::Result<()> {
-    let mut stream = open(target).await?;
-    send_head(&mut stream, "GET", &format!("/?{LARGE}"), "").await?;
+async fn unread_down(stream: TcpStream) -> io::Result<()> {
     // Nothing is read, so its end is not found by reading: a refusal is shorter than what waits here otherwise.
     let mut first = vec![0; 32 * 1024];
     loop {
@@ -321,20 +329,15 @@ async fn unread_down(target: Target) -> io::Result<()> {
     }
 }
 
-async fn send_head(
-    stream: &mut TcpStream,
-    method: &str,
-    path: &str,
-    headers: &str,
-) -> io::Result<()> {
-    let head = format!("{method} {path} HTTP/1.1\r\nhost: noise\r\n{headers}\r\n");
-    stream.write_all(head.as_bytes()).await
+fn head(method: &str, path: &str, headers: &str) -> String {
+    format!("{method} {path} HTTP/1.1\r\nhost: noise\r\n{headers}\r\n")
 }
 
 /// A small request, unless its headers are large, with an answer that is read.
 async fn ask(stream: &mut TcpStream, headers: &str) -> io::Result<()> {
     let exchange = async {
-        send_head(stream, "GET", "/?size=10", headers).await?;
+        let head = head("GET", "/?size=10", headers);
+        stream.write_all(head.as_bytes()).await?;
         let mut answer = [0; 4096];
         if stream.read(&mut answer).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
