@@ -57,7 +57,7 @@ pub async fn run(
         ready = loaded.wait_for(|loaded| *loaded) => if ready.is_err() { return },
     }
     let mut turn = workers.iter().cycle();
-    let mut accepting = Some(workers[0].accepting());
+    let mut accepting = workers[0].accepting();
     loop {
         tokio::select! {
             biased;
@@ -66,12 +66,12 @@ pub async fn run(
                 if changed.is_err() {
                     return;
                 }
-                drop(accepting.take());
+                drop(accepting);
                 tokio::select! {
                     () = stop.cancelled() => return,
                     resumed = draining.wait_for(|draining| !*draining) => if resumed.is_err() { return },
                 }
-                accepting = Some(workers[0].accepting());
+                accepting = workers[0].accepting();
             }
             accepted = listener.accept() => match accepted {
                 Ok((socket, peer)) => {

@@ -2,8 +2,8 @@
 //! connection.
 //!
 //! Between Warren nodes the ALPN is `warren/2` (`warren/1` if one of them is older), the address the node's;
-//! the server name selects the callee's certificate. HBONE peers speak ALPN `h2` at the pod's address, without server name (istio's
-//! HBONE; `docs/architecture.md`).
+//! the server name selects the callee's certificate. HBONE peers speak ALPN `h2` at the pod's address,
+//! without server name (istio's HBONE; `docs/architecture.md`).
 
 use std::net::{IpAddr, SocketAddr};
 

@@ -218,10 +218,7 @@ async fn through_tunnel(
         let (known, later) = deferred();
         (client, body) = (Some(known), later);
     }
-    let body = match slot.large_heads() {
-        true => wire::pack(&mut parts.headers, body),
-        false => body,
-    };
+    let body = wire::pack(slot.large_heads(), &mut parts.headers, body);
     let mut send = slot.take_sender();
     let request = Request::from_parts(parts, body);
     let exchanged = exchange(

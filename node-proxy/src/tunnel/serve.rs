@@ -1,10 +1,13 @@
 //! The callee's half of tunnels: the handshake, the checks on each stream, delivery.
 
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::Fuse;
 use h2::RecvStream;
 use h2::server::{Connection, SendResponse};
 use http::{Method, Request, Response, StatusCode};
@@ -262,6 +265,7 @@ impl Tunnel {
         // What the handshake went by may have been replaced before anybody listened for it.
         changed.mark_changed();
         let mut leaving = false;
+        let mut unused = pin!(Fuse::terminated());
         let keepalive = async {
             let mut ticks = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
             loop {
@@ -274,7 +278,7 @@ impl Tunnel {
                 }
             }
         };
-        let mut keepalive = std::pin::pin!(keepalive);
+        let mut keepalive = pin!(keepalive);
         loop {
             tokio::select! {
                 accepted = connection.accept() => match accepted {
@@ -293,17 +297,27 @@ impl Tunnel {
                 _ = drain.wait_for(|draining| *draining), if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
+                    unused.set(self.unused().fuse());
                 }
                 known = changed.changed(), if !leaving => {
                     if known.is_err() || self.is_stale() {
                         leaving = true;
                         connection.graceful_shutdown();
+                        unused.set(self.unused().fuse());
                     }
                 }
-                // It should have closed by now: each stream holds the tunnel.
-                () = sleep(DRAIN_PATIENCE), if leaving => if Arc::strong_count(&self) == 1 {
-                    return;
-                },
+                // The peer should have closed it by now.
+                () = &mut unused => return,
+            }
+        }
+    }
+
+    /// Ends when it is found without streams, each of which holds the tunnel.
+    async fn unused(self: &Arc<Self>) {
+        loop {
+            sleep(DRAIN_PATIENCE).await;
+            if Arc::strong_count(self) == 1 {
+                return;
             }
         }
     }

@@ -154,7 +154,7 @@ pub(crate) fn head(bytes: &[u8]) {
         .sum();
     assert!(size <= crate::tunnel::MAX_HEADER_LIST as usize);
     let mut packed = parsed.clone();
-    let body = large::pack(&mut packed, Body::empty());
+    let body = large::pack(true, &mut packed, Body::empty());
     if let Some(bytes) = body.as_full().filter(|bytes| !bytes.is_empty()) {
         assert_eq!(large::packed(&mut packed), Ok(bytes.len()));
         large::parse(bytes.clone(), &mut packed).expect("packed and not parsed");

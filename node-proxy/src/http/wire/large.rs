@@ -28,10 +28,10 @@ const OVERHEAD: usize = 32;
 /// Until all of a head is there.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Takes what is long off a large head, and puts it before the body.
-pub fn pack(headers: &mut HeaderMap, body: Body) -> Body {
+/// Takes what is long off a large head, and puts it before the body, if the peer knows to look for it there.
+pub fn pack(known: bool, headers: &mut HeaderMap, body: Body) -> Body {
     let size = size(headers);
-    if size < LARGE {
+    if !known || size < LARGE {
         return body;
     }
     let moved: Vec<HeaderName> = headers
@@ -176,7 +176,7 @@ mod tests {
         let before = large();
         for content in ["content", ""] {
             let mut sent = before.clone();
-            let body = pack(&mut sent, Body::full(content));
+            let body = pack(true, &mut sent, Body::full(content));
             let mut names: Vec<_> = sent.keys().map(HeaderName::as_str).collect();
             names.sort_unstable();
             assert_eq!(
@@ -211,7 +211,7 @@ mod tests {
     async fn a_small_head_is_left_alone() {
         let before = headers(&[("host", "web".into()), ("cookie", "a".repeat(LARGE - 20))]);
         let mut sent = before.clone();
-        let body = pack(&mut sent, Body::full("content"));
+        let body = pack(true, &mut sent, Body::full("content"));
         assert_eq!(sent, before);
         assert_eq!(packed(&mut sent), Ok(0));
         assert_eq!(

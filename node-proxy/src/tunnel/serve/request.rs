@@ -6,7 +6,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response};
+use http::{Method, Request, Response};
 
 use super::{Judged, Tunnel};
 use crate::flow::Flow;
@@ -103,7 +103,7 @@ impl Tunnel {
                 // A length of what is no body; HTTP/2 would hold the stream to it.
                 parts.headers.remove(http::header::CONTENT_LENGTH);
                 let (sends, writing) = upgrade::split(raw, follows);
-                let sends = self.pack(&mut parts.headers, sends);
+                let sends = wire::pack(self.peer.large_heads, &mut parts.headers, sends);
                 let response = Response::from_parts(parts, sends);
                 // Either direction may end before the other.
                 let (_, written) =
@@ -116,17 +116,10 @@ impl Tunnel {
                 // No DATA may follow on the head of an answer that has no body.
                 let body = match h1::has_no_body(&method, parts.status) {
                     true => body,
-                    false => self.pack(&mut parts.headers, body),
+                    false => wire::pack(self.peer.large_heads, &mut parts.headers, body),
                 };
                 connection::send(Response::from_parts(parts, body), respond, account).await;
             }
-        }
-    }
-
-    fn pack(&self, headers: &mut HeaderMap, body: Body) -> Body {
-        match self.peer.large_heads {
-            true => wire::pack(headers, body),
-            false => body,
         }
     }
 }
