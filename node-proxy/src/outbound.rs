@@ -318,7 +318,6 @@ async fn through_tunnel(
     source: IpAddr,
     to: SocketAddr,
 ) -> Result<Route, ProxyError> {
-    let mut slot = worker.pool.slot(&key, &dialer).await?;
     let authority = Uri::builder()
         .authority(to.to_string())
         .build()
@@ -331,11 +330,21 @@ async fn through_tunnel(
     request
         .headers_mut()
         .insert(http::header::FORWARDED, forwarded);
-    let (response, send) = slot
-        .send
-        .send_request(request, false)
-        .map_err(|_| ProxyError::TunnelReset)?;
-    let response = response.await.map_err(|_| ProxyError::TunnelReset)?;
+    let mut ask_again = true;
+    let (slot, response, send) = loop {
+        let mut slot = worker.pool.slot(&key, &dialer).await?;
+        let asked = slot.send.send_request(request.clone(), false);
+        let answered = match asked {
+            Ok((response, send)) => response.await.map(|response| (response, send)),
+            Err(error) => Err(error),
+        };
+        match answered {
+            Ok((response, send)) => break (slot, response, send),
+            // The peer's process ended before it answered, and nothing of the app was sent: the next one is there.
+            Err(error) if lost_tunnel(&error) && std::mem::take(&mut ask_again) => {}
+            Err(_) => return Err(ProxyError::TunnelReset),
+        }
+    };
     if response.status() != StatusCode::OK {
         let named = response
             .headers()
@@ -350,6 +359,11 @@ async fn through_tunnel(
         receive: response.into_body(),
         _slot: slot,
     })))
+}
+
+/// Whether the whole tunnel went away or would not take the stream, rather than the peer ended the stream.
+fn lost_tunnel(error: &h2::Error) -> bool {
+    !error.is_reset() || error.reason() == Some(h2::Reason::REFUSED_STREAM)
 }
 
 async fn relay(

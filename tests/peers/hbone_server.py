@@ -1,7 +1,8 @@
 """An HBONE server in a pod, written from the wire format alone.
 
 Terminates mutual TLS on port 15008 and answers each CONNECT itself: it echoes the bytes of the stream
-in upper case. Prints a JSON line for every stream and for every failed handshake.
+in upper case. Prints a JSON line for every stream and for every failed handshake. With `--lose PORT=N`
+the first N CONNECTs to that port end their whole tunnel without an answer.
 """
 
 import argparse
@@ -22,7 +23,10 @@ def main():
     parser.add_argument("--cert", required=True)
     parser.add_argument("--key", required=True)
     parser.add_argument("--ca", required=True)
+    parser.add_argument("--lose", action="append", default=[], metavar="PORT=N")
     args = parser.parse_args()
+    lose = dict(rule.split("=") for rule in args.lose)
+    lose = {port: int(times) for port, times in lose.items()}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -35,14 +39,14 @@ def main():
     say(event="listening")
     while True:
         raw, peer = listener.accept()
-        threading.Thread(target=serve, args=(context, raw, peer, names), daemon=True).start()
+        threading.Thread(target=serve, args=(context, raw, peer, names, lose), daemon=True).start()
 
 
 def say(**fields):
     print(json.dumps(fields), flush=True)
 
 
-def serve(context, raw, peer, names):
+def serve(context, raw, peer, names, lose):
     address = peer[0].removeprefix("::ffff:")
     raw.settimeout(120)
     try:
@@ -55,12 +59,14 @@ def serve(context, raw, peer, names):
     server_name = names.pop() if names else None
     say(event="handshake", peer=address, identity=uri, alpn=stream.selected_alpn_protocol(), sni=server_name)
     try:
-        converse(stream, address, uri)
+        converse(stream, address, uri, lose)
     except (ssl.SSLError, OSError) as error:
         say(event="ended", peer=address, error=str(error))
+    finally:
+        stream.close()
 
 
-def converse(stream, address, uri):
+def converse(stream, address, uri, lose):
     config = h2.config.H2Configuration(client_side=False, validate_inbound_headers=False)
     connection = h2.connection.H2Connection(config=config)
     connection.initiate_connection()
@@ -73,6 +79,10 @@ def converse(stream, address, uri):
             if isinstance(event, h2.events.RequestReceived):
                 fields = {name.decode(): value.decode() for name, value in event.headers}
                 say(event="stream", peer=address, identity=uri, headers=fields)
+                port = fields.get(":authority", "").rpartition(":")[2]
+                if lose.get(port, 0) > 0:
+                    lose[port] -= 1
+                    return
                 classic = fields.get(":method") == "CONNECT" and ":path" not in fields
                 status = "200" if classic else "400"
                 connection.send_headers(event.stream_id, [(":status", status)], end_stream=not classic)

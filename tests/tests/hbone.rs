@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use warren_tests::lab::{Lab, Options, PodRef};
-use warren_tests::load::attempt_until;
+use warren_tests::load::{attempt, attempt_until};
 use warren_tests::manifest::{CLIENT, ECHO, FAR, NEAR, Pod, WHO, account, near_and_far};
 use warren_tests::pki::{Authority, Leaf};
 use warren_tests::python::{interpreter, peer};
@@ -30,7 +30,8 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
         };
         let mut manifests = near_and_far();
         manifests.push(account("demo", "peer"));
-        let server = peer_files.command("hbone_server.py");
+        let mut server = peer_files.command("hbone_server.py");
+        server.extend(["--lose", "7778=1", "--lose", "7779=2"].map(str::to_owned));
         let server: Vec<&str> = server.iter().map(String::as_str).collect();
         let pod = Pod::new("demo", "peer", "node-2").command(&server);
         manifests.push(pod.annotation("warren-mesh.io/tunnel", "hbone").build());
@@ -55,6 +56,13 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
                 |a| a["answer"] == "HELLO OVER HBONE",
             );
         }
+        // A tunnel that ends before it answered is asked for once more, at the same address, and not a third time.
+        let lost_once = SocketAddr::new(peer_pod.v4(), 7778).to_string();
+        let answer = attempt(&lab, CLIENT, &["send", &lost_once, "asked again"]);
+        assert_eq!(answer["answer"], "ASKED AGAIN", "{answer}");
+        let lost_twice = SocketAddr::new(peer_pod.v4(), 7779).to_string();
+        let answer = attempt(&lab, CLIENT, &["send", &lost_twice, "never"]);
+        assert_ne!(answer["answer"], "NEVER", "{answer}");
         let events: Vec<Value> = lab
             .logs(&["-n", "demo", "peer"])
             .lines()
@@ -87,6 +95,13 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
                 headers[":path"].is_null() && headers[":protocol"].is_null(),
                 "{headers}"
             );
+        }
+
+        for lost in [lost_once, lost_twice] {
+            let asked = of("stream")
+                .into_iter()
+                .filter(|e| e["headers"][":authority"] == *lost);
+            assert_eq!(asked.count(), 2, "streams to {lost}: {events:?}");
         }
 
         // The Python client calls meshed servers, at their own addresses.
