@@ -8,8 +8,10 @@
 //! tunnel::serve ── wire ─────────────────────────────── callee ── apps
 //! ```
 
+use http::request::Parts;
 use http::{HeaderMap, Request, Version};
 
+use self::body::Body;
 use crate::telemetry::http::Protocol;
 
 pub mod answer;
@@ -34,6 +36,24 @@ pub mod upgrade;
 pub mod watched;
 pub mod wire;
 
+/// A request on its way. It passes through many futures, each of which would have room for its head, and is moved with
+/// them: so the head is boxed.
+#[derive(Debug)]
+pub struct BoxedRequest {
+    /// All but the body.
+    pub head: Box<Parts>,
+    /// The body.
+    pub body: Body,
+}
+
+impl From<Request<Body>> for BoxedRequest {
+    fn from(request: Request<Body>) -> Self {
+        let (head, body) = request.into_parts();
+        let head = Box::new(head);
+        Self { head, body }
+    }
+}
+
 /// Bytes of names and values.
 fn size(headers: &HeaderMap) -> usize {
     headers
@@ -43,8 +63,8 @@ fn size(headers: &HeaderMap) -> usize {
 }
 
 /// What a request counts as.
-fn protocol<B>(request: &Request<B>, grpc: bool) -> Protocol {
-    match (request.version(), grpc) {
+fn protocol(head: &Parts, grpc: bool) -> Protocol {
+    match (head.version, grpc) {
         (Version::HTTP_2, true) => Protocol::Grpc,
         (Version::HTTP_2, false) => Protocol::Http2,
         _ => Protocol::Http1,

@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwapOption;
-use dashmap::DashMap;
 use mesh_api::client::credentials::{Credentials, CredentialsError, KeyRequest};
 use mesh_api::identity::Identity;
 use mesh_api::tls;
@@ -28,6 +27,8 @@ use rustls::sign::CertifiedKey;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+
+use crate::maps::SharedMap;
 
 mod issue;
 mod metrics;
@@ -74,8 +75,8 @@ pub struct Identities {
     runtime: Handle,
     /// Who wants what. Also held while a certificate is put in place or wiped.
     wanted: Mutex<HashMap<Identity, Wanted>>,
-    held: DashMap<Identity, Arc<LocalIdentity>>,
-    by_server_name: DashMap<String, Arc<LocalIdentity>>,
+    held: SharedMap<Identity, Arc<LocalIdentity>>,
+    by_server_name: SharedMap<String, Arc<LocalIdentity>>,
     trust: ArcSwapOption<Trust>,
     trusted: watch::Sender<u64>,
     changed: watch::Sender<u64>,
@@ -108,8 +109,8 @@ impl Identities {
             clock,
             runtime: Handle::current(),
             wanted: Mutex::default(),
-            held: DashMap::new(),
-            by_server_name: DashMap::new(),
+            held: SharedMap::default(),
+            by_server_name: SharedMap::default(),
             trust: ArcSwapOption::empty(),
             trusted: watch::Sender::new(0),
             changed: watch::Sender::new(0),

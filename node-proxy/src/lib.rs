@@ -17,6 +17,7 @@ pub mod health;
 pub mod http;
 pub mod identity;
 pub mod inbound;
+pub mod maps;
 pub mod memory;
 pub mod outbound;
 pub mod pods;

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
-use dashmap::DashMap;
 use ipnet::IpNet;
 use mesh_api::identity::{Identity, InvalidIdentity};
 use mesh_api::names;
@@ -18,6 +17,7 @@ use tokio::sync::{Notify, watch};
 use crate::budget::{Account, Limits};
 use crate::http::limits::Rates;
 use crate::identity::{Identities, IdentityGuard};
+use crate::maps::SharedMap;
 use crate::stock::{Stock, Supply};
 use crate::turns::Turns;
 
@@ -279,8 +279,8 @@ impl Host {
 /// The pods of this node.
 #[derive(Debug, Default)]
 pub struct Pods {
-    by_uid: DashMap<Arc<str>, Arc<Pod>>,
-    by_address: DashMap<IpAddr, Arc<Pod>>,
+    by_uid: SharedMap<Arc<str>, Arc<Pod>>,
+    by_address: SharedMap<IpAddr, Arc<Pod>>,
 }
 
 impl Pods {

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Method, Request};
+use http::Method;
+use http::request::Parts;
 use mesh_api::errors::ProxyError;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -49,11 +50,11 @@ pub async fn serve(
 }
 
 /// Whether a request to this port is what the pod declares as a probe of it.
-pub fn is_declared<B>(info: &PodInfo, port: u16, request: &Request<B>) -> bool {
-    let path = request.uri().path_and_query().map(|path| path.as_str());
+pub fn is_declared(info: &PodInfo, port: u16, request: &Parts) -> bool {
+    let path = request.uri.path_and_query().map(|path| path.as_str());
     let declared = |kind: &ProbeKind| match kind {
         ProbeKind::HttpGet(declared) => {
-            request.method() == Method::GET && path == Some(declared.as_str())
+            request.method == Method::GET && path == Some(declared.as_str())
         }
         ProbeKind::Grpc(_) => path == Some(grpc::CHECK),
         ProbeKind::TcpSocket => false,

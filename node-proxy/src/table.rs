@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use dashmap::DashMap;
 use ipnet::IpNet;
 use mesh_api::client::delta::{Subscriptions, Update};
 use mesh_api::identity::Identity;
@@ -30,6 +29,7 @@ use tokio::sync::watch;
 use crate::balance::EndpointSet;
 use crate::http::policy::State;
 use crate::http::route::{Backend, PortRules};
+use crate::maps::SharedMap;
 
 mod decode;
 mod demand;
@@ -171,12 +171,12 @@ pub struct Table {
 /// What readers look at.
 #[derive(Default)]
 struct View {
-    workloads: DashMap<IpAddr, Arc<Workload>>,
+    workloads: SharedMap<IpAddr, Arc<Workload>>,
     /// Several Services may share an external address.
-    services: DashMap<IpAddr, Vec<Arc<Service>>>,
-    node_ports: DashMap<u16, Arc<ServicePort>>,
+    services: SharedMap<IpAddr, Vec<Arc<Service>>>,
+    node_ports: SharedMap<u16, Arc<ServicePort>>,
     /// The Service ports of which a pod's port is an endpoint, ready or not. Only this node's pods are asked for.
-    service_ports: DashMap<SocketAddr, Vec<Arc<ServicePort>>>,
+    service_ports: SharedMap<SocketAddr, Vec<Arc<ServicePort>>>,
     mesh: ArcSwap<Mesh>,
     node: Arc<str>,
 }

@@ -11,12 +11,11 @@
 //! - What is idle is bounded by pod, and closed after [`IDLE`]: there is no more of it than requests were in
 //!   flight at once. Every connection is charged to its pod from its socket on.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use http::{Request, Response, Version};
+use http::{Response, Version};
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
@@ -24,10 +23,12 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, interval, timeout};
 
 use self::h2c::Shared;
+use super::BoxedRequest;
 use super::body::{Body, ExchangeError};
 use super::h1::{Client, FailedSend, Home, Limits, SendError};
 use crate::budget::{Account, Charge};
 use crate::deliver;
+use crate::maps::FastMap;
 use crate::pods::Pod;
 use crate::telemetry::{OpenConnection, TcpLabels, Telemetry};
 
@@ -104,11 +105,11 @@ impl Holding {
 pub enum AppError {
     /// No connection to the app.
     #[error("no connection: {0}")]
-    Connect(ProxyError, Option<Box<Request<Body>>>),
+    Connect(ProxyError, Option<BoxedRequest>),
     /// A connection that had been used before closed before any byte of an answer. The request comes back
     /// if nothing of its body is lost; whether it may be sent again is for its method to say.
     #[error("the app closed a kept connection")]
-    ClosedIdle(Option<Box<Request<Body>>>),
+    ClosedIdle(Option<BoxedRequest>),
     /// HTTP/1: the app closed a new connection, or broke off within the head of its answer, or sent what is
     /// not HTTP.
     #[error("{0}")]
@@ -126,9 +127,9 @@ struct Pool {
 
 #[derive(Debug, Default)]
 struct State {
-    shelves: HashMap<Key, Shelf>,
+    shelves: FastMap<Key, Shelf>,
     /// HTTP/1 connections that are not in use, by the pod's UID.
-    idle_of_pod: HashMap<Arc<str>, usize>,
+    idle_of_pod: FastMap<Arc<str>, usize>,
     sweeper: Option<AbortHandle>,
 }
 
@@ -200,7 +201,7 @@ impl Apps {
     pub fn send(
         &self,
         key: &AppKey,
-        request: Request<Body>,
+        request: BoxedRequest,
     ) -> impl Future<Output = Result<Response<Body>, AppError>> {
         self.send_within(key, request, self.connect_timeout)
     }
@@ -209,7 +210,7 @@ impl Apps {
     pub async fn send_within(
         &self,
         key: &AppKey,
-        request: Request<Body>,
+        request: BoxedRequest,
         connect_timeout: Duration,
     ) -> Result<Response<Body>, AppError> {
         if key.version == Version::HTTP_2 {
@@ -223,7 +224,7 @@ impl Apps {
                 Ok((stream, holding)) => {
                     Client::with(stream, Some(holding), Arc::clone(&self.shared.limits))
                 }
-                Err(error) => return Err(AppError::Connect(error, Some(Box::new(request)))),
+                Err(error) => return Err(AppError::Connect(error, Some(request))),
             },
         };
         client.send(request, Some(home)).await.map_err(|failed| {
@@ -353,7 +354,7 @@ async fn sweep(pool: Weak<Pool>) {
     }
 }
 
-fn count_down(counts: &mut HashMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) {
+fn count_down(counts: &mut FastMap<Arc<str>, usize>, pod: &Arc<str>, by: usize) {
     if by > 0
         && let Some(count) = counts.get_mut(pod)
     {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::UPGRADE;
-use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Response, StatusCode};
 use http_body::Body as _;
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
 
+use super::BoxedRequest;
 use super::apps::{AppError, AppKey};
 use super::body::{Body, ExchangeError, exchange};
 use super::callee::{self, Call, failure, from_app};
@@ -105,11 +105,9 @@ impl Way {
         self,
         caller: &Caller<'_>,
         service: Option<&Arc<ServicePort>>,
-        parts: Parts,
-        body: Body,
+        request: BoxedRequest,
         connect_timeout: Duration,
     ) -> Result<Answer, Failed> {
-        let request = Request::from_parts(parts, body);
         match self.path {
             Path::Local(workload, pod) => {
                 let (context, source) = (&caller.worker.context, caller.source.ip());
@@ -155,14 +153,14 @@ impl Way {
 async fn outside(
     caller: &Caller<'_>,
     to: SocketAddr,
-    request: Request<Body>,
+    request: BoxedRequest,
     connect_timeout: Duration,
 ) -> Result<Answer, Failed> {
     let key = AppKey {
         pod: Arc::clone(caller.pod),
         from: None,
         to,
-        version: request.version(),
+        version: request.head.version,
         // At the caller's node its own connection is counted.
         counted: None,
         probe: false,
@@ -195,10 +193,13 @@ async fn through_tunnel(
     caller: &Caller<'_>,
     key: &Key,
     envelope: &Envelope,
-    request: Request<Body>,
+    request: BoxedRequest,
     connect_timeout: Duration,
 ) -> Result<Answer, Failed> {
-    let (mut parts, mut body) = request.into_parts();
+    let BoxedRequest {
+        head: mut parts,
+        mut body,
+    } = request;
     let connect = parts.method == Method::CONNECT;
     let mut upgrade = wire::is_upgrade(&parts);
     if upgrade && !connect && !body.is_end_stream() {
@@ -220,10 +221,9 @@ async fn through_tunnel(
     }
     let body = wire::pack(slot.large_heads(), &mut parts.headers, body);
     let mut send = slot.take_sender();
-    let request = Request::from_parts(parts, body);
     let exchanged = exchange(
         &mut send,
-        request,
+        BoxedRequest { head: parts, body },
         Some(Box::new(slot)),
         Arc::clone(&caller.pod.account),
     )

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::header::{HeaderName, HeaderValue, UPGRADE};
-use http::{Request, Response, StatusCode};
+use http::request::Parts;
+use http::{Response, StatusCode};
 use mesh_api::errors::ProxyError;
 use mesh_api::names::CLIENT_ID_HEADER;
 
@@ -21,7 +22,7 @@ use super::policy::RateLimit;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
-use super::{protocol, wire};
+use super::{BoxedRequest, protocol, wire};
 use crate::budget::Resource;
 use crate::pods::Pod;
 use crate::probe;
@@ -55,9 +56,10 @@ pub async fn deliver(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     call: &Call,
-    request: Request<Body>,
+    request: BoxedRequest,
 ) -> Response<Body> {
-    let grpc = is_grpc(request.headers());
+    let BoxedRequest { mut head, body } = request;
+    let grpc = is_grpc(&head.headers);
     let labels = RequestLabels {
         reporter: Reporter::Destination,
         source: call.caller.clone(),
@@ -65,14 +67,14 @@ pub async fn deliver(
         service: call.service.as_ref().map(|port| Arc::clone(&port.label)),
         route: None,
         backend: None,
-        protocol: protocol(&request, grpc),
+        protocol: protocol(&head, grpc),
         security: call.security,
     };
     let telemetry = &worker.context.telemetry;
     let meter = worker.meters.lock().get(&telemetry.http, &labels);
     let mut sent = Sent::default();
     let mut record = Record {
-        request: meter.start(request.method()),
+        request: meter.start(&head.method),
         error: None,
         pick: None,
         judged: false,
@@ -81,10 +83,8 @@ pub async fn deliver(
         grpc,
         story: None,
     };
-    let (mut parts, body) = request.into_parts();
     let addresses = (SocketAddr::new(call.source, 0), call.target);
-    record.story = Story::begin(&worker.context, &mut parts, &labels, addresses);
-    let mut request = Request::from_parts(parts, body);
+    record.story = Story::begin(&worker.context, &mut head, &labels, addresses);
     let refuse = |record: &mut Record, error: ProxyError| {
         let response = refusal(error, grpc);
         record.error = Some(error);
@@ -93,9 +93,9 @@ pub async fn deliver(
         }
         response
     };
-    let probe = is_probe(worker, pod, call, &request);
+    let probe = is_probe(worker, pod, call, &head);
     let charge = pod.account.charge_for(Resource::Request, probe);
-    let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, request.headers())?))) {
+    let charge = match charge.and_then(|c| Ok((c, charge_head(&pod.account, &head.headers)?))) {
         Ok(charge) => charge,
         Err(error) => {
             let response = refuse(&mut record, error);
@@ -110,12 +110,12 @@ pub async fn deliver(
     if let Some(identity) = &call.caller.identity
         && let Ok(value) = HeaderValue::from_str(identity.as_str())
     {
-        request.headers_mut().insert(CLIENT_ID, value);
+        head.headers.insert(CLIENT_ID, value);
     }
-    let request = request.map(|body| sent.count(body));
+    let body = sent.count(body);
     record.sent = sent;
     let captured = pod.captured.enter();
-    let response = match send(worker, pod, call, probe, request).await {
+    let response = match send(worker, pod, call, probe, BoxedRequest { head, body }).await {
         Ok(response) => response,
         Err(error) => refuse(&mut record, error),
     };
@@ -135,13 +135,13 @@ async fn send(
     pod: &Arc<Pod>,
     call: &Call,
     probe: bool,
-    mut request: Request<Body>,
+    mut request: BoxedRequest,
 ) -> Result<Response<Body>, ProxyError> {
     let key = AppKey {
         pod: Arc::clone(pod),
         from: Some(call.source),
         to: call.target,
-        version: request.version(),
+        version: request.head.version,
         counted: Some(Counted {
             telemetry: Arc::clone(&worker.context.telemetry),
             labels: TcpLabels {
@@ -155,10 +155,10 @@ async fn send(
         probe,
     };
     for _ in 0..RESENDS {
-        let again = request.method().is_idempotent();
+        let again = request.head.method.is_idempotent();
         match worker.apps.send(&key, request).await {
             Ok(response) => return Ok(from_app(response)),
-            Err(AppError::ClosedIdle(Some(unsent))) if again => request = *unsent,
+            Err(AppError::ClosedIdle(Some(unsent))) if again => request = unsent,
             Err(error) => return Err(failure(&error)),
         }
     }
@@ -243,7 +243,7 @@ fn limited(table: &Table, pod: &Pod, call: &Call) -> Result<(), (ProxyError, Dur
 }
 
 /// Whether the kubelet asks what the pod declares: a pod whose callers use up its rate or its budget is not unhealthy.
-fn is_probe(worker: &Worker, pod: &Pod, call: &Call, request: &Request<Body>) -> bool {
+fn is_probe(worker: &Worker, pod: &Pod, call: &Call, request: &Parts) -> bool {
     call.security == Security::Plaintext
         && worker.context.host.addresses.load().contains(&call.source)
         && probe::is_declared(&pod.info.load(), call.target.port(), request)

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use http::Response;
 use http::header::HeaderMap;
 use http::request::Parts;
-use http::{Request, Response};
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::time::Instant as Clock;
@@ -27,7 +27,7 @@ use super::route::Backend;
 use super::story::{self, Story};
 use super::upgrade::Upgraded;
 use super::watched::{Bounds, Record, Sent, watch};
-use super::{fault, mirror, protocol};
+use super::{BoxedRequest, fault, mirror, protocol};
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
 use crate::table::ServicePort;
@@ -108,8 +108,9 @@ impl Session {
     }
 
     /// Answers one request.
-    pub async fn handle(&self, request: Request<Body>) -> Response<Body> {
-        let grpc = is_grpc(request.headers());
+    pub async fn handle(&self, request: BoxedRequest) -> Response<Body> {
+        let BoxedRequest { mut head, body } = request;
+        let grpc = is_grpc(&head.headers);
         let labels = RequestLabels {
             reporter: Reporter::Source,
             source: self.party.clone(),
@@ -120,12 +121,12 @@ impl Session {
             },
             route: None,
             backend: None,
-            protocol: protocol(&request, grpc),
+            protocol: protocol(&head, grpc),
             security: Security::Plaintext,
         };
         let meter = self.meter(&labels);
         let record = Record {
-            request: meter.start(request.method()),
+            request: meter.start(&head.method),
             error: None,
             pick: None,
             judged: false,
@@ -134,9 +135,8 @@ impl Session {
             grpc,
             story: None,
         };
-        let (mut parts, body) = request.into_parts();
         let addresses = (self.source, self.destination);
-        let story = Story::begin(&self.worker.context, &mut parts, &labels, addresses);
+        let story = Story::begin(&self.worker.context, &mut head, &labels, addresses);
         let record = Record { story, ..record };
         let mut exchange = Exchange {
             session: self,
@@ -146,7 +146,7 @@ impl Session {
             permit: None,
             charge: None,
         };
-        let carried = exchange.carry(parts, body).await;
+        let carried = exchange.carry(&mut head, body).await;
         exchange.finish(carried)
     }
 
@@ -158,7 +158,7 @@ impl Session {
 
     /// Sends a copy of a request beside the request, if the pod may have one more in flight: a slow mirror must not
     /// gather copies without bound.
-    pub(super) fn spawn_copy(&self, backend: Arc<Backend>, parts: Parts, body: Body) {
+    pub(super) fn spawn_copy(&self, backend: Arc<Backend>, head: Box<Parts>, body: Body) {
         let Ok(charge) = self.pod.account.charge(Resource::Request) else {
             return;
         };
@@ -171,7 +171,7 @@ impl Session {
                 party: &party,
                 source,
             };
-            mirror::deliver(caller, v6, &backend, parts, body).await;
+            mirror::deliver(caller, v6, &backend, BoxedRequest { head, body }).await;
             drop(charge);
         });
     }
@@ -233,11 +233,11 @@ impl Exchange<'_> {
         }
     }
 
-    async fn carry(&mut self, mut parts: Parts, body: Body) -> Result<Answered, Stop> {
+    async fn carry(&mut self, parts: &mut Parts, body: Body) -> Result<Answered, Stop> {
         let account = &self.session.pod.account;
         let charge = account.charge(Resource::Request)?;
         self.charge = Some((charge, charge_head(account, &parts.headers)?));
-        let (plan, to) = self.plan(&mut parts).await?;
+        let (plan, to) = self.plan(parts).await?;
         let timeouts = &plan.policy.timeouts;
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);
         let limit = timeouts.request.into_iter().chain(own).min();
@@ -263,7 +263,7 @@ impl Exchange<'_> {
         &mut self,
         plan: &Plan,
         to: &Goal,
-        parts: Parts,
+        parts: &Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
         if let Some(fault) = &plan.policy.fault {
@@ -277,7 +277,7 @@ impl Exchange<'_> {
         }
         let mut body = self.record.sent.count(body);
         for filters in plan.filters() {
-            body = mirror::send(self.session, filters, &parts, body).await;
+            body = mirror::send(self.session, filters, parts, body).await;
         }
         self.tries(plan, to, parts, body).await
     }

@@ -11,7 +11,9 @@
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::Cursor;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,7 +26,7 @@ use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, join};
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::answer::refusal;
@@ -33,7 +35,7 @@ use super::detect::Protocol;
 use super::frames::{Abuse, Frames, STALL, Seen};
 use super::opening::Opening;
 use super::upgrade::Upgraded;
-use super::{callee, caller, h1, wire};
+use super::{BoxedRequest, callee, caller, h1, wire};
 use crate::budget::Account;
 use crate::pods::Pod;
 use crate::turns::Paced;
@@ -86,7 +88,8 @@ impl Connection {
     async fn http1(self: Arc<Self>, socket: TcpStream, begun: Bytes) {
         let mut server =
             h1::Server::new(socket, begun, h1::Limits::default()).charged_to(&self.pod.account);
-        let mut end = End::of(&self);
+        let end = End::of(&self);
+        let mut quiet = pin!(End::of(&self).quiet());
         let mut leaving = false;
         let interims = Interims::default();
         let sink = interims.sink();
@@ -94,7 +97,7 @@ impl Connection {
             let next = tokio::select! {
                 biased;
                 next = server.next() => Some(next),
-                () = end.quiet(), if !leaving => None,
+                () = &mut quiet, if !leaving => None,
             };
             let Some(next) = next else {
                 if server.is_idle() {
@@ -119,15 +122,17 @@ impl Connection {
             };
             request.extensions_mut().insert(sink.clone());
             // Boxed: what a request takes is large, and gone while the connection idles.
-            let mut handling = Box::pin(self.handle(request));
+            let mut handling = Box::pin(self.handle(request.into()));
             let handled = loop {
                 tokio::select! {
                     biased;
-                    head = interims.next() => {
-                        // A client that has gone is found below.
-                        let _ = server.interim(head).await;
-                    }
-                    response = &mut handling => break Some(response),
+                    told = interims.or_end(&mut handling) => match told {
+                        Told::Interim(head) => {
+                            // A client that has gone is found below.
+                            let _ = server.interim(head).await;
+                        }
+                        Told::End(response) => break Some(response),
+                    },
                     // The client has gone: what is done for it ends here.
                     () = server.closed() => break None,
                 }
@@ -187,6 +192,7 @@ impl Connection {
             Err(_late) => return,
         };
         let mut end = End::of(&self);
+        let mut near = pin!(end.near());
         let mut leaving = false;
         let mut requests = 0;
         let in_order = loop {
@@ -204,7 +210,7 @@ impl Connection {
                     }
                     None => break true,
                 },
-                () = end.near(), if !leaving => {
+                () = &mut near, if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
                 }
@@ -222,12 +228,17 @@ impl Connection {
         let body = Body::http2(stream, &parts.headers);
         let interims = Interims::default();
         parts.extensions.insert(interims.sink());
-        let mut handling = std::pin::pin!(self.handle(Request::from_parts(parts, body)));
+        let mut handling = std::pin::pin!(self.handle(BoxedRequest {
+            head: Box::new(parts),
+            body
+        }));
         let handled = loop {
             tokio::select! {
                 biased;
-                head = interims.next() => inform(head, &mut respond),
-                response = &mut handling => break Some(response),
+                told = interims.or_end(&mut handling) => match told {
+                    Told::Interim(head) => inform(head, &mut respond),
+                    Told::End(response) => break Some(response),
+                },
                 // The client gave up: what is done for it ends here.
                 _reset = poll_fn(|cx| respond.poll_reset(cx)) => break None,
             }
@@ -244,8 +255,8 @@ impl Connection {
         }
     }
 
-    async fn handle(&self, mut request: Request<Body>) -> Response<Body> {
-        wire::clean(request.headers_mut());
+    async fn handle(&self, mut request: BoxedRequest) -> Response<Body> {
+        wire::clean(&mut request.head.headers);
         match &self.role {
             Role::Caller(session) => session.handle(request).await,
             Role::Callee(call) => callee::deliver(&self.worker, &self.pod, call, request).await,
@@ -300,7 +311,7 @@ impl End {
         }
     }
 
-    async fn quiet(&mut self) {
+    async fn quiet(mut self) {
         self.near().await;
         sleep(QUIET).await;
     }
@@ -310,21 +321,26 @@ impl End {
 const INTERIMS: usize = 4;
 
 /// Interim answers (1xx) on their way to the client. Holds no memory while there is none.
+///
+/// They come while the request is worked on ([`Interims::or_end`]), and from there only: so nobody is to be woken.
 #[derive(Clone, Debug, Default)]
-pub struct Interims(Arc<Waiting>);
+pub struct Interims(Arc<Mutex<VecDeque<response::Parts>>>);
 
-#[derive(Debug, Default)]
-struct Waiting {
-    heads: Mutex<VecDeque<response::Parts>>,
-    came: Notify,
+/// What a request came to.
+#[derive(Debug)]
+pub enum Told<T> {
+    /// An interim answer; there may be more of them.
+    Interim(response::Parts),
+    /// Its end. What is left of interim answers came together with it.
+    End(T),
 }
 
 impl Interims {
     /// Where an app's go.
     pub fn sink(&self) -> h1::OnInterim {
-        let waiting = Arc::clone(&self.0);
+        let heads = Arc::clone(&self.0);
         h1::OnInterim(Arc::new(move |mut head: response::Parts| {
-            let mut heads = waiting.heads.lock();
+            let mut heads = heads.lock();
             // Nothing stands between where protocols switch: HTTP/2 has none (RFC 9113 8.6), and HTTP/1 ends with it.
             // What is too much is left out: a client may get any number of them, or none (RFC 9110, 15.2).
             if head.status == StatusCode::SWITCHING_PROTOCOLS || heads.len() == INTERIMS {
@@ -333,23 +349,24 @@ impl Interims {
             wire::strip(&mut head.headers);
             h1::remove_hop_by_hop(&mut head.headers);
             heads.push_back(head);
-            waiting.came.notify_one();
         }))
     }
 
-    /// The next. Cancelling it loses nothing.
-    pub async fn next(&self) -> response::Parts {
-        loop {
-            if let Some(head) = self.take() {
-                return head;
-            }
-            self.0.came.notified().await;
-        }
+    /// Works on the request whose interim answers these are, until there is one or it has ended. Cancelling it loses
+    /// nothing.
+    pub async fn or_end<F: Future + Unpin>(&self, request: &mut F) -> Told<F::Output> {
+        poll_fn(|cx| match Pin::new(&mut *request).poll(cx) {
+            Poll::Ready(end) => Poll::Ready(Told::End(end)),
+            Poll::Pending => self
+                .take()
+                .map_or(Poll::Pending, |head| Poll::Ready(Told::Interim(head))),
+        })
+        .await
     }
 
     /// The next, if there is one.
     pub fn take(&self) -> Option<response::Parts> {
-        self.0.heads.lock().pop_front()
+        self.0.lock().pop_front()
     }
 }
 

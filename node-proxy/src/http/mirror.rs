@@ -10,6 +10,7 @@ use http::request::Parts;
 use http_body::{Body as _, Frame};
 use rand::Rng;
 
+use super::BoxedRequest;
 use super::attempt::{Caller, Way};
 use super::body::{Body, BodyError};
 use super::caller::Session;
@@ -33,7 +34,7 @@ pub(super) async fn send(session: &Session, filters: &[Filter], parts: &Parts, b
     let Some(copy) = copy else { return body };
     for backend in chosen {
         let copy = copy.try_clone().unwrap_or_default();
-        let mut head = parts.clone();
+        let mut head = Box::new(parts.clone());
         // Nothing of a copy's answer is for the caller.
         head.extensions.remove::<OnInterim>();
         session.spawn_copy(backend, head, copy);
@@ -86,8 +87,7 @@ pub(super) async fn deliver(
     caller: Caller<'_>,
     v6: bool,
     backend: &Backend,
-    parts: Parts,
-    body: Body,
+    request: BoxedRequest,
 ) {
     let Some(port) = backend.service_port() else {
         return;
@@ -111,7 +111,7 @@ pub(super) async fn deliver(
     let Ok(way) = Way::to(&caller, pick.address()) else {
         return;
     };
-    let sent = way.send(&caller, Some(&port), parts, body, LIMIT);
+    let sent = way.send(&caller, Some(&port), request, LIMIT);
     let exchange = async {
         if let Ok(answered) = sent.await {
             let mut body = answered.response.into_body();

@@ -31,10 +31,13 @@ const SOURCE: HeaderName = HeaderName::from_static("warren-source");
 const SERVICE: HeaderName = HeaderName::from_static("warren-service");
 const VERSION: HeaderName = HeaderName::from_static("warren-version");
 const CASE: HeaderName = HeaderName::from_static("warren-case");
+const ERROR: HeaderName = HeaderName::from_static(PROXY_ERROR_HEADER);
 const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
 /// The method of an upgrade, if it is not GET.
 const METHOD: HeaderName = HeaderName::from_static("warren-method");
 const PREFIX: &str = "warren-";
+/// Headers of a proxy's own beside those of a message.
+const MOST_OWN: usize = 6;
 
 /// What a request on a tunnel says beside the app's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +66,7 @@ pub fn strip(headers: &mut HeaderMap) -> bool {
 /// Turns an app's request into the one that goes through the tunnel.
 pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
     let headers = &mut parts.headers;
+    headers.reserve(MOST_OWN);
     headers.insert(TARGET, text(envelope.target.to_string())?);
     headers.insert(SOURCE, text(envelope.source.to_string())?);
     if let Some(service) = &envelope.service {
@@ -95,30 +99,32 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
 /// Takes a request that came through a tunnel apart: what the proxies say, and the app's own request.
 pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
     let headers = &mut parts.headers;
+    let [target, source, service, version, case, authority, method] = own(
+        headers,
+        [
+            &TARGET, &SOURCE, &SERVICE, &VERSION, &CASE, &AUTHORITY, &METHOD,
+        ],
+    );
+    let target: SocketAddr = parse(target)?;
     let envelope = Envelope {
-        target: parse::<SocketAddr>(headers, &TARGET)?
-            .map(|target| SocketAddr::new(target.ip().to_canonical(), target.port()))
-            .ok_or(ProxyError::BadRequest)?,
-        source: parse::<IpAddr>(headers, &SOURCE)?
-            .ok_or(ProxyError::BadRequest)?
-            .to_canonical(),
-        service: match headers.get(SERVICE) {
+        target: SocketAddr::new(target.ip().to_canonical(), target.port()),
+        source: parse::<IpAddr>(source)?.to_canonical(),
+        service: match service {
             None => None,
             Some(value) => Some(value.to_str().map_err(|_| ProxyError::BadRequest)?.into()),
         },
     };
-    parts.version = match headers.get(VERSION).map(HeaderValue::as_bytes) {
+    parts.version = match version.map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
         Some(b"1.1") => Version::HTTP_11,
         Some(b"2") => Version::HTTP_2,
         _ => return Err(ProxyError::BadRequest),
     };
-    if let Some(case) = headers.get(CASE) {
+    if let Some(case) = case {
         let case = HeaderCase::decode(case).ok_or(ProxyError::BadRequest)?;
         parts.extensions.insert(case);
     }
-    let authority = headers.remove(AUTHORITY);
-    let method = headers.remove(METHOD);
+    let (authority, method) = (authority.cloned(), method.cloned());
     strip(headers);
     if let Some(protocol) = parts.extensions.remove::<ExtendedProtocol>() {
         if protocol.as_str() == CONNECT_PROTOCOL {
@@ -165,9 +171,12 @@ pub fn seal_response(parts: &mut response::Parts) {
 
 /// The error that a proxy names in its own answer. One that this version does not know: [`ProxyError::PeerRefused`].
 pub fn error(headers: &HeaderMap) -> Option<ProxyError> {
-    let name = headers.get(PROXY_ERROR_HEADER)?;
-    let known = name.to_str().ok().and_then(ProxyError::from_name);
-    Some(known.unwrap_or(ProxyError::PeerRefused))
+    headers.get(ERROR).map(named)
+}
+
+fn named(value: &HeaderValue) -> ProxyError {
+    let known = value.to_str().ok().and_then(ProxyError::from_name);
+    known.unwrap_or(ProxyError::PeerRefused)
 }
 
 /// Takes what an app may not say, and what ends at this hop, off the headers of its message. An upgrade stays: the codec
@@ -187,16 +196,18 @@ pub fn is_upgrade(parts: &Parts) -> bool {
 
 /// Takes an answer that came through a tunnel apart. The error that the callee's proxy named, if the answer is its own.
 pub fn open_response(parts: &mut response::Parts) -> Option<ProxyError> {
-    let error = error(&parts.headers);
-    parts.version = match parts.headers.get(VERSION).map(HeaderValue::as_bytes) {
+    let names = [&ERROR, &VERSION, &CASE, &UPGRADED];
+    let [error, version, case, upgraded] = own(&parts.headers, names);
+    let error = error.map(named);
+    parts.version = match version.map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
         Some(b"1.1") => Version::HTTP_11,
         _ => Version::HTTP_2,
     };
-    if let Some(case) = parts.headers.get(CASE).and_then(HeaderCase::decode) {
+    if let Some(case) = case.and_then(HeaderCase::decode) {
         parts.extensions.insert(case);
     }
-    if let Some(protocol) = parts.headers.remove(UPGRADED) {
+    if let Some(protocol) = upgraded.cloned() {
         if parts.status == StatusCode::OK {
             parts.status = StatusCode::SWITCHING_PROTOCOLS;
         }
@@ -225,15 +236,27 @@ fn tunnelled_protocol(parts: &Parts) -> Result<Option<ExtendedProtocol>, ProxyEr
     Ok(Some(ExtendedProtocol::from(upgrade)))
 }
 
-fn parse<T: std::str::FromStr>(
-    headers: &HeaderMap,
-    name: &HeaderName,
-) -> Result<Option<T>, ProxyError> {
-    let Some(value) = headers.get(name) else {
-        return Ok(None);
-    };
-    let parsed = value.to_str().ok().and_then(|text| text.parse().ok());
-    parsed.map(Some).ok_or(ProxyError::BadRequest)
+/// What proxies say, by name: one walk through the headers instead of a look-up for each.
+fn own<'a, const N: usize>(
+    headers: &'a HeaderMap,
+    names: [&HeaderName; N],
+) -> [Option<&'a HeaderValue>; N] {
+    let mut found = [None; N];
+    for (name, value) in headers {
+        if name.as_str().starts_with(PREFIX)
+            && let Some(place) = names.iter().position(|known| *known == name)
+        {
+            // Of several the first, as a look-up has it.
+            found[place].get_or_insert(value);
+        }
+    }
+    found
+}
+
+fn parse<T: std::str::FromStr>(value: Option<&HeaderValue>) -> Result<T, ProxyError> {
+    value
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .ok_or(ProxyError::BadRequest)
 }
 
 fn text(value: String) -> Result<HeaderValue, ProxyError> {

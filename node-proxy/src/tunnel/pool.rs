@@ -7,7 +7,6 @@
 //!   reason when it fails. A waiter that gives up does not cancel it.
 //! - A tunnel past its share of streams stays in use for those; the next stream opens another one.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,6 +17,7 @@ use h2::client::SendRequest;
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use parking_lot::Mutex;
+use prometheus_client::metrics::gauge::Gauge;
 use rustls::ClientConfig;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::dial::{Dialed, dial};
 use super::tls::{Kind, Refusal, client_config};
 use crate::identity::{Identities, LocalIdentity, Trust};
+use crate::maps::FastMap;
 use crate::pods::{Host, Pod};
 use crate::stock::Stock;
 use crate::telemetry::{GaugeGuard, HandshakeLabels, SideLabels, Telemetry};
@@ -76,9 +77,11 @@ impl Dialer {
 /// Tunnels of one worker.
 #[derive(Debug)]
 pub struct Pool {
-    entries: Mutex<HashMap<Key, Entry>>,
+    entries: Mutex<FastMap<Key, Entry>>,
     identities: Arc<Identities>,
     telemetry: Arc<Telemetry>,
+    /// Streams of this side.
+    streams: Gauge,
 }
 
 #[derive(Debug, Default)]
@@ -134,9 +137,14 @@ enum Step {
 impl Pool {
     /// An empty pool.
     pub fn new(identities: Arc<Identities>, telemetry: Arc<Telemetry>) -> Arc<Self> {
+        let streams = telemetry
+            .streams
+            .get_or_create(&SideLabels { side: "client" })
+            .clone();
         Arc::new(Self {
             entries: Mutex::default(),
             identities,
+            streams,
             telemetry,
         })
     }
@@ -167,15 +175,10 @@ impl Pool {
                 }
             };
             tunnel.streams.fetch_add(1, Ordering::Relaxed);
-            let streams = self
-                .telemetry
-                .streams
-                .get_or_create(&SideLabels { side: "client" })
-                .clone();
             let slot = Slot {
                 send: tunnel.send.clone(),
                 tunnel,
-                _open: GaugeGuard::new(&streams),
+                _open: GaugeGuard::new(&self.streams),
             };
             match slot.send.clone().ready().await {
                 Ok(send) => return Ok(Slot::with_sender(slot, send)),

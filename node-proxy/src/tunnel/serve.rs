@@ -15,6 +15,7 @@ use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use mesh_api::names::PROXY_ERROR_HEADER;
 use mesh_api::tls::PeerRole;
+use prometheus_client::metrics::gauge::Gauge;
 use rustls::server::Acceptor;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
@@ -71,6 +72,8 @@ struct Tunnel {
     address: SocketAddr,
     /// Of all tunnels of the peer's identity on this thread.
     turns: Arc<Turns>,
+    /// Streams of this side.
+    streams: Gauge,
 }
 
 /// Serves one connection to a tunnel listener until it ends.
@@ -125,6 +128,10 @@ pub async fn serve(
             let _open = GaugeGuard::new(&open);
             let tunnel = Arc::new(Tunnel {
                 turns: worker.turns_of(&peer.identity),
+                streams: telemetry
+                    .streams
+                    .get_or_create(&SideLabels { side: "server" })
+                    .clone(),
                 worker,
                 entrance,
                 local,
@@ -261,9 +268,13 @@ impl Tunnel {
             return;
         };
         let mut drain = self.worker.draining();
+        // Waited for once, not anew with each stream.
+        let mut drained = pin!(drain.wait_for(|draining| *draining));
         let mut changed = self.worker.context.identities.changed();
         // What the handshake went by may have been replaced before anybody listened for it.
         changed.mark_changed();
+        let outdated = async { while changed.changed().await.is_ok() && !self.is_stale() {} };
+        let mut outdated = pin!(outdated);
         let mut leaving = false;
         let mut unused = pin!(Fuse::terminated());
         let keepalive = async {
@@ -294,17 +305,15 @@ impl Tunnel {
                     return;
                 }
                 // The peer opens another tunnel, to the process or with the certificate that is newest now.
-                _ = drain.wait_for(|draining| *draining), if !leaving => {
+                _ = &mut drained, if !leaving => {
                     leaving = true;
                     connection.graceful_shutdown();
                     unused.set(self.unused().fuse());
                 }
-                known = changed.changed(), if !leaving => {
-                    if known.is_err() || self.is_stale() {
-                        leaving = true;
-                        connection.graceful_shutdown();
-                        unused.set(self.unused().fuse());
-                    }
+                () = &mut outdated, if !leaving => {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                    unused.set(self.unused().fuse());
                 }
                 // The peer should have closed it by now.
                 () = &mut unused => return,
@@ -333,27 +342,25 @@ impl Tunnel {
     }
 
     fn spawn(self: &Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        let streams = self
-            .worker
-            .context
-            .telemetry
-            .streams
-            .get_or_create(&SideLabels { side: "server" })
-            .clone();
-        let open = GaugeGuard::new(&streams);
+        let open = GaugeGuard::new(&self.streams);
+        let turns = Arc::clone(&self.turns);
         let tunnel = Arc::clone(self);
-        self.worker.spawn(Arc::clone(&self.turns).take(async move {
-            tunnel.stream(request, respond).await;
-            drop(open);
-        }));
+        // Each with room for itself only.
+        if is_request(&request) && matches!(self.entrance, Entrance::Node) {
+            self.worker.spawn(turns.take(async move {
+                tunnel.request(request, respond).await;
+                drop(open);
+            }));
+        } else {
+            self.worker.spawn(turns.take(async move {
+                tunnel.connection(request, respond).await;
+                drop(open);
+            }));
+        }
     }
 
-    async fn stream(
-        self: Arc<Self>,
-        request: Request<RecvStream>,
-        mut respond: SendResponse<Bytes>,
-    ) {
-        let context = Arc::clone(&self.worker.context);
+    /// A stream from the peer, of which no more is known.
+    fn flow(&self) -> Flow {
         let mut flow = Flow::new(
             Reporter::Destination,
             self.address,
@@ -364,9 +371,13 @@ impl Tunnel {
             },
         );
         flow.security = Security::MutualTls;
-        if is_request(&request) && matches!(self.entrance, Entrance::Node) {
-            return Box::pin(self.request(request, respond, flow)).await;
-        }
+        flow
+    }
+
+    /// A TCP connection.
+    async fn connection(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+        let context = Arc::clone(&self.worker.context);
+        let mut flow = self.flow();
         let admitted = Box::pin(self.admit(&request, &mut flow)).await;
         let Admitted {
             pod,

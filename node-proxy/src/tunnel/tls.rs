@@ -4,7 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use dashmap::DashMap;
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use mesh_api::names::{ALPN_HBONE, ALPN_WARREN, ALPN_WARREN_2};
@@ -23,6 +22,7 @@ use rustls::{
 use rustls_pki_types::UnixTime;
 
 use crate::identity::{LocalIdentity, Trust};
+use crate::maps::SharedMap;
 
 /// What kind of peer a tunnel is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,7 +88,7 @@ pub fn client_config(
 /// or the trust bundle changes.
 #[derive(Debug, Default)]
 pub struct ServerConfigs {
-    by_identity: DashMap<(Identity, Kind), Cached>,
+    by_identity: SharedMap<(Identity, Kind), Cached>,
 }
 
 #[derive(Debug)]

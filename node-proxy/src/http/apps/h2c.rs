@@ -11,8 +11,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::header::{self, HeaderMap};
+use http::request::Parts;
 use http::uri::{Authority, Scheme, Uri};
-use http::{Method, Request, Response, Version};
+use http::{Method, Response, Version};
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
@@ -21,6 +22,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, interval, timeout};
 
 use super::{AppError, AppKey, Holding, IDLE, Key, Pool, SWEEP, State, connect};
+use crate::http::BoxedRequest;
 use crate::http::body::{Body, ExchangeError, exchange};
 use crate::http::h1::remove_hop_by_hop;
 use crate::turns::Paced;
@@ -116,7 +118,7 @@ impl Drop for Place {
 pub(super) async fn send(
     pool: &Arc<Pool>,
     key: &AppKey,
-    request: Request<Body>,
+    mut request: BoxedRequest,
     connect_timeout: Duration,
 ) -> Result<Response<Body>, AppError> {
     let shelf = Key::from(key);
@@ -135,12 +137,12 @@ pub(super) async fn send(
                     Ok(Err(_dial_was_dropped)) => ProxyError::Internal,
                     Err(_late) => ProxyError::ConnectTimeout,
                 };
-                return Err(AppError::Connect(error, Some(Box::new(request))));
+                return Err(AppError::Connect(error, Some(request)));
             }
         };
         match place.0.send.clone().ready().await {
             Ok(mut ready) => {
-                let request = for_http2(request);
+                for_http2(&mut request.head);
                 let connection = Arc::clone(&place.0);
                 let sent = exchange(
                     &mut ready,
@@ -164,7 +166,7 @@ pub(super) async fn send(
         }
     }
     let error = ProxyError::ConnectFailed;
-    Err(AppError::Connect(error, Some(Box::new(request))))
+    Err(AppError::Connect(error, Some(request)))
 }
 
 enum Step {
@@ -303,8 +305,7 @@ async fn drive(mut driving: Driving, holding: Holding, connection: &Connection) 
 }
 
 /// What an HTTP/2 app expects of a request that may have come over HTTP/1 (RFC 9113 8.2.2, 8.3.1).
-fn for_http2(request: Request<Body>) -> Request<Body> {
-    let (mut parts, body) = request.into_parts();
+fn for_http2(parts: &mut Parts) {
     remove_hop_by_hop(&mut parts.headers);
     if parts.uri.scheme().is_none()
         && parts.method != Method::CONNECT
@@ -319,7 +320,6 @@ fn for_http2(request: Request<Body>) -> Request<Body> {
         // h2 takes a target without authority only from HTTP/1.
         parts.version = Version::HTTP_11;
     }
-    Request::from_parts(parts, body)
 }
 
 /// The target with the authority that Host names.

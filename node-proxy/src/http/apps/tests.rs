@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, pending};
 use h2::Reason;
 use h2::server::SendResponse;
+use http::Request;
 use mesh_api::identity::Identity;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,11 +38,9 @@ impl Issuer for NoIssuer {
 }
 
 /// The request that a failure brings back.
-fn request_of(error: AppError) -> Option<Request<Body>> {
+fn request_of(error: AppError) -> Option<BoxedRequest> {
     match error {
-        AppError::Connect(_, request) | AppError::ClosedIdle(request) => {
-            request.map(|boxed| *boxed)
-        }
+        AppError::Connect(_, request) | AppError::ClosedIdle(request) => request,
         AppError::Http1(_) | AppError::Http2(_) => None,
     }
 }
@@ -88,12 +87,9 @@ fn key(pod: &Arc<Pod>, to: SocketAddr, version: Version) -> AppKey {
     }
 }
 
-fn get() -> Request<Body> {
-    Request::builder()
-        .uri("/")
-        .header("host", "a")
-        .body(Body::empty())
-        .unwrap()
+fn get() -> BoxedRequest {
+    let request = Request::builder().uri("/").header("host", "a");
+    request.body(Body::empty()).unwrap().into()
 }
 
 async fn text(response: Response<Body>) -> Bytes {
@@ -216,7 +212,7 @@ async fn a_connection_that_ends_as_it_is_used_gives_the_request_back() {
     };
     let ((), error) = tokio::join!(app, asking);
     assert!(matches!(error, AppError::ClosedIdle(Some(_))));
-    assert_eq!(request_of(error).unwrap().uri(), "/");
+    assert_eq!(request_of(error).unwrap().head.uri, "/");
     // A new connection that does the same is the app's failure.
     let app = async {
         let (mut stream, _) = listener.accept().await.unwrap();

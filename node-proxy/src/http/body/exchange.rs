@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::{Body, BodyError, PumpError, pump};
 use crate::budget::Account;
+use crate::http::BoxedRequest;
 use crate::http::frames::STALL;
 use crate::http::h1::OnInterim;
 
@@ -66,13 +67,13 @@ impl ExchangeError {
 /// waiting is charged to `account`.
 pub async fn exchange(
     send: &mut SendRequest<Bytes>,
-    request: Request<Body>,
+    request: BoxedRequest,
     held: Option<Held>,
     account: Arc<Account>,
 ) -> Result<Response<Body>, ExchangeError> {
-    let (mut parts, body) = request.into_parts();
-    let interim = parts.extensions.remove::<OnInterim>();
-    let request = Request::from_parts(parts, ());
+    let BoxedRequest { mut head, body } = request;
+    let interim = head.extensions.remove::<OnInterim>();
+    let request = Request::from_parts(*head, ());
     let ended = body.is_end_stream();
     let (mut response, mut stream) = send
         .send_request(request, ended)

@@ -113,7 +113,7 @@ async fn a_body_larger_than_the_window_goes_through_both_ways() {
         .chain([Ok(Frame::trailers(trailers()))])
         .collect();
     let asking = async {
-        let response = exchange(&mut send, post(streamed(large)), None, account())
+        let response = exchange(&mut send, post(streamed(large)).into(), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -146,7 +146,7 @@ async fn the_last_data_ends_the_stream() {
         pump(Body::full("ok"), &mut to, None, None).await.unwrap();
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::full("abc")), None, account())
+        let response = exchange(&mut send, post(Body::full("abc")).into(), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -173,7 +173,7 @@ async fn a_reset_is_heard_on_either_side() {
         assert!(matches!(error, PumpError::Body(BodyError::Truncated)));
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::empty()), None, account())
+        let response = exchange(&mut send, post(Body::empty()).into(), None, account())
             .await
             .unwrap();
         let mut body = response.into_body();
@@ -199,7 +199,7 @@ async fn a_reset_is_heard_on_either_side() {
         pump(never, &mut to, None, None).await.unwrap_err()
     };
     let asking = async {
-        let response = exchange(&mut send, post(Body::empty()), None, account())
+        let response = exchange(&mut send, post(Body::empty()).into(), None, account())
             .await
             .unwrap();
         drop(response);
@@ -219,7 +219,7 @@ async fn a_receiver_that_gives_no_window_is_left() {
     };
     let asking = async {
         let began = tokio::time::Instant::now();
-        let response = exchange(&mut send, post(Body::empty()), None, account()).await;
+        let response = exchange(&mut send, post(Body::empty()).into(), None, account()).await;
         let mut body = response.unwrap().into_body();
         let data = body.frame().await.unwrap().unwrap();
         assert_eq!(data.into_data().unwrap(), "eleven byt");
@@ -244,7 +244,7 @@ async fn an_unprocessed_request_is_known_as_such() {
             let (_request, mut respond) = requests.recv().await.unwrap();
             respond.send_reset(reason);
         };
-        let asking = exchange(&mut send, post(Body::full("abc")), None, account());
+        let asking = exchange(&mut send, post(Body::full("abc")).into(), None, account());
         let ((), failed) = tokio::join!(refusing, asking);
         let error = failed.unwrap_err();
         assert!(matches!(error, ExchangeError::Reset(heard) if heard == reason));
@@ -252,7 +252,7 @@ async fn an_unprocessed_request_is_known_as_such() {
     }
     let failing = exchange(
         &mut send,
-        post(streamed(vec![Err(BodyError::Timeout)])),
+        post(streamed(vec![Err(BodyError::Timeout)])).into(),
         None,
         account(),
     );
@@ -281,7 +281,10 @@ async fn interim_responses_reach_whoever_asked_for_them() {
         tokio::task::yield_now().await;
         respond.send_response(Response::new(()), true).unwrap();
     };
-    let ((), response) = tokio::join!(serving, exchange(&mut send, request, None, account()));
+    let ((), response) = tokio::join!(
+        serving,
+        exchange(&mut send, request.into(), None, account())
+    );
     assert!(response.unwrap().into_body().is_end_stream());
     assert_eq!(heard.load(Ordering::Relaxed), 1);
 }
@@ -304,7 +307,7 @@ async fn what_is_held_is_held_to_the_end_of_the_answer_and_the_upload_with_it() 
     let guard = Box::new(Arc::clone(&held));
     let ((request, _to), response) = tokio::join!(
         serving,
-        exchange(&mut send, post(body), Some(guard), account())
+        exchange(&mut send, post(body).into(), Some(guard), account())
     );
     let response = response.unwrap();
     // The upload goes on while nobody reads the answer.
@@ -360,7 +363,7 @@ async fn what_comes_while_the_receiver_takes_nothing_is_charged_and_bounded() {
             .chain([Ok(Frame::trailers(trailers()))])
             .collect();
         let own = self::account();
-        let asking = exchange(&mut send, post(streamed(body)), None, own);
+        let asking = exchange(&mut send, post(streamed(body)).into(), None, own);
         let ((), answered) = tokio::join!(serving, asking);
         assert_eq!(answered.is_ok(), fits);
     }

@@ -14,6 +14,7 @@ use super::plan::{Goal, Plan};
 use super::{Exchange, Stop};
 use crate::balance::{Pick, PickContext};
 use crate::budget::Account;
+use crate::http::BoxedRequest;
 use crate::http::attempt::{Answer, Failed, Way};
 use crate::http::body::Body;
 use crate::http::policy::{OverBudget, Policy};
@@ -29,7 +30,7 @@ impl Exchange<'_> {
         &mut self,
         plan: &Plan,
         goal: &Goal,
-        parts: Parts,
+        parts: &Parts,
         body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
         let policy = &plan.policy;
@@ -47,8 +48,10 @@ impl Exchange<'_> {
             let Some(body) = source.body() else {
                 return Err(last.unwrap_or(ProxyError::Internal).into());
             };
+            let head = Box::new(parts.clone());
+            let request = BoxedRequest { head, body };
             let begun = Instant::now();
-            let result = self.attempt(plan, goal, to, parts.clone(), body).await;
+            let result = self.attempt(plan, goal, to, request).await;
             self.record.latency = begun.elapsed();
             if result.is_ok() {
                 self.session.count(&self.labels);
@@ -150,8 +153,7 @@ impl Exchange<'_> {
         plan: &Plan,
         goal: &Goal,
         to: SocketAddr,
-        parts: Parts,
-        body: Body,
+        request: BoxedRequest,
     ) -> Result<Answer, Failed> {
         let session = self.session;
         let caller = session.caller();
@@ -169,7 +171,7 @@ impl Exchange<'_> {
             Goal::Address(_) => None,
         };
         let connect = timeouts.connect.unwrap_or(LONG);
-        let sending = way.send(&caller, service, parts, body, connect);
+        let sending = way.send(&caller, service, request, connect);
         let (limit, error) = match (timeouts.per_try, timeouts.response_headers) {
             (None, None) => return sending.await,
             (Some(a), Some(b)) if b < a => (b, ProxyError::ResponseHeadersTimeout),

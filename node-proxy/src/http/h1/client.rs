@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header;
-use http::{Method, Request, Response, StatusCode, Version, request, response};
+use http::{Method, Response, StatusCode, Version, request, response};
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -22,6 +22,7 @@ use super::incoming::{IncomingBody, Owner};
 use super::outgoing::{Failure, SMALL, Writer};
 use super::reader::Reader;
 use super::{Limits, Refused};
+use crate::http::BoxedRequest;
 use crate::http::apps::Holding;
 use crate::http::body::{Body, BodyError};
 use crate::tcp;
@@ -106,7 +107,7 @@ pub struct FailedSend {
     /// Whether any byte of an answer came.
     pub answered: bool,
     /// The request, if nothing of its body is lost and no byte of an answer came.
-    pub request: Option<Box<Request<Body>>>,
+    pub request: Option<BoxedRequest>,
 }
 
 impl Client {
@@ -133,14 +134,14 @@ impl Client {
     /// used again.
     pub async fn send(
         mut self,
-        request: Request<Body>,
+        request: BoxedRequest,
         home: Option<Home>,
     ) -> Result<Response<Body>, FailedSend> {
         let reused = std::mem::replace(&mut self.used, true);
-        let (mut parts, body) = request.into_parts();
+        let BoxedRequest { mut head, body } = request;
         let again = body.try_clone();
         let mut progress = Progress::default();
-        match self.exchange(&mut parts, body, home, &mut progress).await {
+        match self.exchange(&mut head, body, home, &mut progress).await {
             Ok(response) => Ok(response),
             Err(error) => {
                 let again = again.filter(|_| !progress.answered);
@@ -148,52 +149,50 @@ impl Client {
                     error,
                     reused,
                     answered: progress.answered,
-                    request: again.map(|body| Box::new(Request::from_parts(parts, body))),
+                    request: again.map(|body| BoxedRequest { head, body }),
                 })
             }
         }
     }
 
     async fn exchange(
-        self,
+        mut self,
         parts: &mut request::Parts,
-        body: Body,
+        mut body: Body,
         home: Option<Home>,
         progress: &mut Progress,
     ) -> Result<Response<Body>, SendError> {
-        let Self {
-            mut reader,
-            mut writer,
-            limits,
-            used,
-            holding,
-        } = self;
+        // Not taken apart: each part would be held twice while the answer is waited for.
         let (head, framing) = encode_request(parts, &body);
         let (read, sent) = match framing {
             // What fits into the socket's buffer needs nobody to read it.
             Some(framing) if body.as_full().is_none_or(|full| full.len() > SMALL) => {
-                let upload = upload(writer, head, body, framing, parts);
-                Box::pin(stream(&mut reader, &limits, parts, upload, progress)).await?
+                let upload = upload(self.writer, head, body, framing, parts);
+                let (reader, limits) = (&mut self.reader, &self.limits);
+                Box::pin(stream(reader, limits, parts, upload, progress)).await?
             }
             framing => {
                 let framing = framing.unwrap_or(Framing::Length(0));
-                let written = writer.message(head, body, framing, None).await;
+                let written = self.writer.message(head, &mut body, framing, None).await;
+                drop(body);
                 // An app that answers without reading may have closed: its answer is read all the same.
                 progress.failed = written.err();
                 let reusable = progress.failed.is_none();
-                let read = read_head(&mut reader, &limits, parts, None, progress).await;
+                let (reader, limits) = (&mut self.reader, &self.limits);
+                let read = read_head(reader, limits, parts, None, progress).await;
+                let writer = self.writer;
                 (read, Sent::Here { writer, reusable })
             }
         };
         let head = progress.blame(read)?;
         let returning = Returning {
-            limits,
-            used,
-            holding,
+            limits: self.limits,
+            used: self.used,
+            holding: self.holding,
             home: home.filter(|_| head.keep_alive),
             sent,
         };
-        returning.answer(reader, parts, head)
+        returning.answer(self.reader, parts, head)
     }
 
     /// Whether the connection is as it was left: open, and nothing came that nobody asked for.

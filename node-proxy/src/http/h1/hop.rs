@@ -22,6 +22,11 @@ const END_TO_END: [HeaderName; 6] = [
 /// An upgrade to `h2c` is not passed on: RFC 9113 3.1 has withdrawn it, and what follows it would be opaque.
 /// `te: trailers` stays. Transfer-Encoding goes: how the body is framed is the next hop's to say.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    // Most messages have none: one look at each name costs less than a look-up of each that might be there.
+    let ends_here = |name| is_ours(name) || *name == header::TE || *name == header::UPGRADE;
+    if !headers.keys().any(ends_here) {
+        return None;
+    }
     let mut upgrades = false;
     if headers.contains_key(header::CONNECTION) {
         let mut listed: Vec<HeaderName> = Vec::new();

@@ -93,7 +93,7 @@ impl Writer {
     pub(super) async fn message(
         &mut self,
         head: Vec<u8>,
-        mut body: Body,
+        body: &mut Body,
         framing: Framing,
         case: Option<HeaderCase>,
     ) -> Result<(), Failure> {
@@ -106,7 +106,7 @@ impl Writer {
             let frame = match body.frame_now().await {
                 Some(frame) => frame,
                 None => {
-                    self.behind(&out, &mut body).await?;
+                    self.behind(&out, body).await?;
                     out = Vec::new();
                     body.frame().await
                 }
@@ -116,7 +116,7 @@ impl Writer {
                 Some(Ok(frame)) => frame,
                 Some(Err(error)) => {
                     // What came before it is still the receiver's.
-                    self.behind(&out, &mut body).await?;
+                    self.behind(&out, body).await?;
                     return Err(Failure::Body(error));
                 }
             };
@@ -124,11 +124,11 @@ impl Writer {
                 Ok(data) => {
                     let length = data.len() as u64;
                     if length > left {
-                        self.behind(&out, &mut body).await?;
+                        self.behind(&out, body).await?;
                         return Err(Failure::Body(BodyError::Framing));
                     }
                     left -= length;
-                    self.data(&mut out, data, framing, &mut body).await?;
+                    self.data(&mut out, data, framing, body).await?;
                 }
                 Err(frame) => {
                     if framing == Framing::Chunked
@@ -136,7 +136,7 @@ impl Writer {
                     {
                         out.extend_from_slice(b"0\r\n");
                         encode::trailers(&mut out, case.as_ref(), &trailers);
-                        return self.behind(&out, &mut body).await;
+                        return self.behind(&out, body).await;
                     }
                     break;
                 }
@@ -144,13 +144,13 @@ impl Writer {
         }
         match framing {
             Framing::Length(_) if left > 0 => {
-                self.behind(&out, &mut body).await?;
+                self.behind(&out, body).await?;
                 return Err(Failure::Body(BodyError::Truncated));
             }
             Framing::Length(_) | Framing::Close => {}
             Framing::Chunked => out.extend_from_slice(b"0\r\n\r\n"),
         }
-        self.behind(&out, &mut body).await
+        self.behind(&out, body).await
     }
 
     async fn data(

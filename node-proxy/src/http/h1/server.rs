@@ -277,7 +277,7 @@ impl Server {
     /// be written any more: close the connection; [`Error::Body`] has been made visible to the client as far
     /// as HTTP/1 can (RFC 9112 8).
     pub async fn respond(&mut self, response: Response<Body>) -> Result<Reuse, Error> {
-        let (parts, body) = response.into_parts();
+        let (parts, mut body) = response.into_parts();
         let status = parts.status;
         let request = self.request.clone();
         let raw = status == StatusCode::SWITCHING_PROTOCOLS
@@ -348,7 +348,7 @@ impl Server {
                 } else {
                     parts.extensions.get::<HeaderCase>().cloned()
                 };
-                self.writer.message(out, body, framing, case).await
+                self.writer.message(out, &mut body, framing, case).await
             }
         };
         match written {

@@ -1,5 +1,6 @@
 //! HTTP requests that come through a tunnel, each a stream of its own.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,25 +10,24 @@ use http::request::Parts;
 use http::{Method, Request, Response};
 
 use super::{Judged, Tunnel};
-use crate::flow::Flow;
 use crate::http::answer::{self, is_grpc};
 use crate::http::body::Body;
 use crate::http::callee::{self, Call};
-use crate::http::connection::Interims;
+use crate::http::connection::{Interims, Told};
 use crate::http::h1;
 use crate::http::upgrade::{self, Upgraded};
-use crate::http::{connection, wire};
+use crate::http::{BoxedRequest, connection, wire};
 use crate::pods::Pod;
 use crate::telemetry::Security;
 
 impl Tunnel {
     /// An HTTP request of its own.
     pub(super) async fn request(
-        self: Arc<Self>,
+        &self,
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
-        mut flow: Flow,
     ) {
+        let mut flow = self.flow();
         let context = Arc::clone(&self.worker.context);
         let (mut parts, stream) = request.into_parts();
         let body = Body::http2(stream, &parts.headers);
@@ -80,15 +80,20 @@ impl Tunnel {
         let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
         let interims = Interims::default();
         parts.extensions.insert(interims.sink());
-        let request = Request::from_parts(parts, body);
-        let mut delivering = Box::pin(callee::deliver(&self.worker, pod, call, request));
-        let response = loop {
-            tokio::select! {
-                biased;
-                head = interims.next() => connection::inform(head, respond),
-                response = &mut delivering => break response,
-                // The caller gave up.
-                _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+        let head = Box::new(parts);
+        let request = BoxedRequest { head, body };
+        let response = {
+            let mut delivering = pin!(callee::deliver(&self.worker, pod, call, request));
+            loop {
+                tokio::select! {
+                    biased;
+                    told = interims.or_end(&mut delivering) => match told {
+                        Told::Interim(head) => connection::inform(head, respond),
+                        Told::End(response) => break response,
+                    },
+                    // The caller gave up.
+                    _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+                }
             }
         };
         while let Some(head) = interims.take() {
@@ -105,9 +110,9 @@ impl Tunnel {
                 let (sends, writing) = upgrade::split(raw, follows);
                 let sends = wire::pack(self.peer.large_heads, &mut parts.headers, sends);
                 let response = Response::from_parts(parts, sends);
-                // Either direction may end before the other.
-                let (_, written) =
-                    tokio::join!(connection::send(response, respond, account), writing);
+                // Either direction may end before the other. Boxed: few requests need it.
+                let sending = connection::send(response, respond, account);
+                let (_, written) = Box::pin(async { tokio::join!(sending, writing) }).await;
                 if let Err(error) = written {
                     tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
                 }

@@ -77,7 +77,7 @@ impl Drop for Running {
 pub(super) fn upload(
     mut writer: Writer,
     mut head: Vec<u8>,
-    body: Body,
+    mut body: Body,
     framing: Framing,
     parts: &request::Parts,
 ) -> Upload<impl Future<Output = ()> + Send + use<>> {
@@ -103,7 +103,7 @@ pub(super) fn upload(
             },
         };
         let result = match wanted {
-            Ok(()) => writer.message(head, body, framing, case).await,
+            Ok(()) => writer.message(head, &mut body, framing, case).await,
             Err(failure) => Err(failure),
         };
         let mut left = left.lock();

@@ -191,7 +191,7 @@ fn ask(method: &Method, bytes: &[u8], cuts: &[usize]) -> (Result<Message, &'stat
     let (answer, _) = over(bytes, cuts, async |socket| {
         let mut request = Request::new(Body::empty());
         *request.method_mut() = method.clone();
-        let sent = Client::new(socket).send(request, Some(home)).await;
+        let sent = Client::new(socket).send(request.into(), Some(home)).await;
         match sent {
             Ok(response) => {
                 let what = response.status().as_str().to_owned();

@@ -63,7 +63,8 @@ async fn a_connection_carries_one_request_after_the_other() {
                 tokio::task::yield_now().await;
             }
         };
-        let (response, ()) = tokio::join!(client.send(get(path), Some(Arc::clone(&home))), app);
+        let (response, ()) =
+            tokio::join!(client.send(get(path).into(), Some(Arc::clone(&home))), app);
         let response = response.unwrap();
         assert!(response.extensions().get::<HeaderCase>().is_some());
         let heard = collect(response.into_body()).await.unwrap().0;
@@ -111,7 +112,7 @@ async fn connections_that_cannot_be_used_again_do_not_come_back() {
             app.write_all(answer.as_bytes()).await.unwrap();
             app.shutdown().await.unwrap();
         };
-        let (response, ()) = tokio::join!(client.send(get("/"), Some(home)), app);
+        let (response, ()) = tokio::join!(client.send(get("/").into(), Some(home)), app);
         let heard = collect(response.unwrap().into_body()).await;
         match body {
             Some(body) => assert_eq!(heard.unwrap().0, body.as_bytes()),
@@ -195,7 +196,7 @@ async fn requests_are_written_as_they_came() {
                 .await
                 .unwrap();
         };
-        let (response, ()) = tokio::join!(client.send(request, Some(home)), app);
+        let (response, ()) = tokio::join!(client.send(request.into(), Some(home)), app);
         assert_eq!(response.unwrap().status(), 204);
     }
 }
@@ -210,17 +211,17 @@ async fn a_kept_connection_that_closes_gives_the_request_back() {
             .await
             .unwrap();
     };
-    let (response, ()) = tokio::join!(client.send(get("/1"), Some(home)), app_answers);
+    let (response, ()) = tokio::join!(client.send(get("/1").into(), Some(home)), app_answers);
     response.unwrap();
     let client = back.lock().pop().unwrap();
     drop(app);
     let request = post(Body::full("abc"));
-    let failed = client.send(request, None).await.unwrap_err();
+    let failed = client.send(request.into(), None).await.unwrap_err();
     assert!(failed.reused && !failed.answered);
     assert!(matches!(failed.error, SendError::Closed | SendError::Io(_)));
     let again = failed.request.unwrap();
-    assert_eq!(again.method(), Method::POST);
-    assert_eq!(collect(again.into_body()).await.unwrap().0, b"abc");
+    assert_eq!(again.head.method, Method::POST);
+    assert_eq!(collect(again.body).await.unwrap().0, b"abc");
 }
 
 #[tokio::test]
@@ -239,7 +240,7 @@ async fn what_is_no_answer_is_refused() {
         let (mut app, stream) = pair().await;
         let (client, home, back) = client(stream);
         app.write_all(answer.as_bytes()).await.unwrap();
-        let failed = client.send(get("/"), Some(home)).await.unwrap_err();
+        let failed = client.send(get("/").into(), Some(home)).await.unwrap_err();
         assert!(matches!(failed.error, SendError::Refused(_)), "{answer}");
         assert!(failed.answered && failed.request.is_none());
         assert!(back.lock().is_empty());
@@ -253,7 +254,7 @@ async fn what_is_no_answer_is_refused() {
             app.write_all(answer.as_bytes()).await.unwrap();
             drop(app);
         };
-        let (failed, ()) = tokio::join!(client.send(get("/"), Some(home)), app);
+        let (failed, ()) = tokio::join!(client.send(get("/").into(), Some(home)), app);
         let failed = failed.unwrap_err();
         assert!(matches!(failed.error, SendError::Closed));
         assert_eq!((failed.answered, failed.reused), (answered, false));
@@ -288,7 +289,7 @@ async fn request_and_answer_stream_at_the_same_time() {
             .await
             .unwrap();
     };
-    let (response, ()) = tokio::join!(client.send(post(body), Some(home)), app_begins);
+    let (response, ()) = tokio::join!(client.send(post(body).into(), Some(home)), app_begins);
     let mut answer = response.unwrap().into_body();
     // The answer has begun; the request goes on without it being read.
     feed.send(b"one").await.unwrap();
@@ -313,7 +314,7 @@ async fn an_answer_that_is_dropped_ends_the_request() {
     app.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
         .await
         .unwrap();
-    let response = client.send(post(body), Some(home)).await.unwrap();
+    let response = client.send(post(body).into(), Some(home)).await.unwrap();
     drop(response);
     feed.closed().await;
     let mut heard = Vec::new();
@@ -330,7 +331,7 @@ async fn an_answer_before_the_end_of_the_request_bounds_what_follows() {
     app.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
         .await
         .unwrap();
-    let response = client.send(post(body), Some(home)).await.unwrap();
+    let response = client.send(post(body).into(), Some(home)).await.unwrap();
     assert_eq!(collect(response.into_body()).await.unwrap().0, b"no");
     assert!(back.lock().is_empty());
     let before = tokio::time::Instant::now();
@@ -349,7 +350,7 @@ async fn a_request_whose_body_fails_is_not_taken_for_whole() {
     ];
     let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
     let failed = client
-        .send(post(Body::boxed(body)), Some(home))
+        .send(post(Body::boxed(body)).into(), Some(home))
         .await
         .unwrap_err();
     assert!(matches!(
@@ -381,7 +382,7 @@ async fn an_app_that_answers_and_closes_without_reading_is_heard() {
     };
     let request = post(Body::full(vec![b'x'; 8 << 20]));
     let sending = async {
-        let response = client.send(request, Some(home)).await.unwrap();
+        let response = client.send(request.into(), Some(home)).await.unwrap();
         assert_eq!(response.status(), 413);
         assert_eq!(collect(response.into_body()).await.unwrap().0, b"no");
     };
@@ -394,7 +395,7 @@ async fn an_app_that_does_not_read_is_given_up() {
     let (app, socket) = pair().await;
     let (client, home, idle) = client(socket);
     let sent = client
-        .send(post(Body::full(vec![0; 64 << 20])), Some(home))
+        .send(post(Body::full(vec![0; 64 << 20])).into(), Some(home))
         .await;
     assert!(matches!(sent.unwrap_err().error, SendError::Closed));
     assert!(idle.lock().is_empty());
@@ -442,7 +443,7 @@ async fn a_body_waits_for_the_app_to_ask() {
             .await
             .unwrap();
     };
-    let (response, ()) = tokio::join!(client.send(expecting(body, &heard), Some(home)), app);
+    let (response, ()) = tokio::join!(client.send(expecting(body, &heard).into(), Some(home)), app);
     assert_eq!(response.unwrap().status(), 204);
     let statuses: Vec<_> = heard.lock().iter().map(|parts| parts.status).collect();
     assert_eq!(statuses, [StatusCode::EARLY_HINTS, StatusCode::CONTINUE]);
@@ -463,7 +464,7 @@ async fn a_body_is_sent_to_an_app_that_knows_no_100() {
             .unwrap();
     };
     let request = expecting(streamed(&[b"abc"], None), &heard);
-    let (response, ()) = tokio::join!(client.send(request, Some(home)), app);
+    let (response, ()) = tokio::join!(client.send(request.into(), Some(home)), app);
     assert_eq!(response.unwrap().status(), 204);
     assert_eq!(before.elapsed(), Duration::from_secs(1));
 }
@@ -480,7 +481,7 @@ async fn a_body_that_the_app_does_not_want_is_not_sent() {
             .unwrap();
     };
     let request = expecting(streamed(&[b"abc"], None), &heard);
-    let (response, ()) = tokio::join!(client.send(request, Some(home)), app_refuses);
+    let (response, ()) = tokio::join!(client.send(request.into(), Some(home)), app_refuses);
     let body = response.unwrap().into_body();
     // The connection stays whole until the answer is.
     for _ in 0..5 {
@@ -521,7 +522,7 @@ async fn an_upgrade_and_a_connect_give_the_connection_away() {
             read_exactly(&mut app, expected).await;
             app.write_all(answer.as_bytes()).await.unwrap();
         };
-        let (response, ()) = tokio::join!(client.send(request, Some(home)), app_answers);
+        let (response, ()) = tokio::join!(client.send(request.into(), Some(home)), app_answers);
         let response = response.unwrap();
         let upgraded = response.extensions().get::<Upgraded>().unwrap();
         let mut raw = upgraded.take().unwrap();
