@@ -1,7 +1,7 @@
 //! Maps that each request asks several times: with a faster hasher than the standard library's.
 //!
-//! It is seeded anew in each process, but makes no promise against somebody who chooses keys: the keys are what the
-//! controller and the node say, addresses and identities.
+//! It is seeded anew in each process, but makes no promise against somebody who can choose keys and see how long each takes.
+//! The keys here are addresses, identities and names from the controller; what a workload can add to them is bounded.
 
 use std::collections::HashMap;
 

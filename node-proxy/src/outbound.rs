@@ -340,8 +340,10 @@ async fn through_tunnel(
         };
         match answered {
             Ok((response, send)) => break (slot, response, send),
-            // The peer's process ended before it answered, and nothing of the app was sent: the next one is there.
-            Err(error) if lost_tunnel(&error) && std::mem::take(&mut ask_again) => {}
+            // Most likely the peer's process has ended before it answered, and the next one is there. Nothing that the app
+            // said was sent. A peer that fell silent is not asked again: another endpoint may be faster.
+            Err(error)
+                if lost_tunnel(&error) && !slot.is_silent() && std::mem::take(&mut ask_again) => {}
             Err(_) => return Err(ProxyError::TunnelReset),
         }
     };

@@ -100,6 +100,11 @@ impl Connection {
                 () = &mut quiet, if !leaving => None,
             };
             let Some(next) = next else {
+                if !end.is_near() {
+                    // The pod has come back.
+                    quiet.set(End::of(&self).quiet());
+                    continue;
+                }
                 if server.is_idle() {
                     return server.close().await;
                 }
@@ -300,11 +305,11 @@ impl End {
     }
 
     fn is_near(&self) -> bool {
-        *self.process.borrow() || *self.pod.borrow()
+        // Who told has gone: that is an end, too.
+        *self.process.borrow() || *self.pod.borrow() || self.process.has_changed().is_err()
     }
 
     async fn near(&mut self) {
-        // Who told has gone: that is an end, too.
         tokio::select! {
             _ = self.process.wait_for(|drains| *drains) => {}
             _ = self.pod.wait_for(|leaves| *leaves) => {}

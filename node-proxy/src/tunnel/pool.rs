@@ -38,6 +38,9 @@ const IDLE: Duration = Duration::from_secs(300);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Why a tunnel was given up whose peer is silent.
+const UNANSWERED: &str = "unanswered";
+
 /// Keys from which on those without a tunnel are forgotten, sessions included.
 const MAX_UNUSED: usize = 4096;
 
@@ -105,6 +108,8 @@ struct Tunnel {
     send: SendRequest<Bytes>,
     streams: AtomicUsize,
     closed: AtomicBool,
+    /// It was given up since the peer did not answer.
+    silent: AtomicBool,
     generations: (u64, u64),
     valid_until: SystemTime,
     large_heads: bool,
@@ -288,6 +293,7 @@ impl Pool {
                     send,
                     streams: AtomicUsize::new(0),
                     closed: AtomicBool::new(false),
+                    silent: AtomicBool::new(false),
                     generations: tls.generations,
                     valid_until: peer.not_after.min(local.not_after),
                     large_heads: peer.large_heads,
@@ -343,7 +349,7 @@ impl Pool {
                 }
                 match tokio::time::timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await {
                     Ok(Ok(_)) => {}
-                    Ok(Err(_)) | Err(_) => return "unanswered",
+                    Ok(Err(_)) | Err(_) => return UNANSWERED,
                 }
             }
         };
@@ -357,6 +363,9 @@ impl Pool {
             },
             reason = watched => reason,
         };
+        // Before the connection is dropped, which its streams hear.
+        let silent = reason == UNANSWERED;
+        tunnel.silent.store(silent, Ordering::Relaxed);
         tunnel.closed.store(true, Ordering::Relaxed);
         let mut entries = self.entries.lock();
         if let Some(entry) = entries.get_mut(key) {
@@ -389,6 +398,11 @@ impl Tunnel {
 }
 
 impl Slot {
+    /// Whether the tunnel was given up since its peer did not answer.
+    pub fn is_silent(&self) -> bool {
+        self.tunnel.silent.load(Ordering::Relaxed)
+    }
+
     /// Whether the peer takes large heads before the body.
     pub fn large_heads(&self) -> bool {
         self.tunnel.large_heads
