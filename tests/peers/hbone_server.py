@@ -25,8 +25,7 @@ def main():
     parser.add_argument("--ca", required=True)
     parser.add_argument("--lose", action="append", default=[], metavar="PORT=N")
     args = parser.parse_args()
-    lose = dict(rule.split("=") for rule in args.lose)
-    lose = {port: int(times) for port, times in lose.items()}
+    lose = {port: int(times) for port, times in (rule.split("=") for rule in args.lose)}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

@@ -158,7 +158,7 @@ impl Session {
 
     /// Sends a copy of a request beside the request, if the pod may have one more in flight: a slow mirror must not
     /// gather copies without bound.
-    pub(super) fn spawn_copy(&self, backend: Arc<Backend>, head: Box<Parts>, body: Body) {
+    pub(super) fn spawn_copy(&self, backend: Arc<Backend>, request: BoxedRequest) {
         let Ok(charge) = self.pod.account.charge(Resource::Request) else {
             return;
         };
@@ -171,7 +171,7 @@ impl Session {
                 party: &party,
                 source,
             };
-            mirror::deliver(caller, v6, &backend, BoxedRequest { head, body }).await;
+            mirror::deliver(caller, v6, &backend, request).await;
             drop(charge);
         });
     }

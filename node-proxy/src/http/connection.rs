@@ -101,7 +101,7 @@ impl Connection {
             };
             let Some(next) = next else {
                 if !end.is_near() {
-                    // The pod has come back.
+                    // The pod has come back, or the process goes on.
                     quiet.set(End::of(&self).quiet());
                     continue;
                 }
@@ -233,10 +233,8 @@ impl Connection {
         let body = Body::http2(stream, &parts.headers);
         let interims = Interims::default();
         parts.extensions.insert(interims.sink());
-        let mut handling = std::pin::pin!(self.handle(BoxedRequest {
-            head: Box::new(parts),
-            body
-        }));
+        let request = Request::from_parts(parts, body);
+        let mut handling = pin!(self.handle(request.into()));
         let handled = loop {
             tokio::select! {
                 biased;

@@ -33,11 +33,11 @@ pub(super) async fn send(session: &Session, filters: &[Filter], parts: &Parts, b
     let (copy, body) = copied(body).await;
     let Some(copy) = copy else { return body };
     for backend in chosen {
-        let copy = copy.try_clone().unwrap_or_default();
+        let body = copy.try_clone().unwrap_or_default();
         let mut head = Box::new(parts.clone());
         // Nothing of a copy's answer is for the caller.
         head.extensions.remove::<OnInterim>();
-        session.spawn_copy(backend, head, copy);
+        session.spawn_copy(backend, BoxedRequest { head, body });
     }
     body
 }

@@ -38,9 +38,6 @@ const IDLE: Duration = Duration::from_secs(300);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Why a tunnel was given up whose peer is silent.
-const UNANSWERED: &str = "unanswered";
-
 /// Keys from which on those without a tunnel are forgotten, sessions included.
 const MAX_UNUSED: usize = 4096;
 
@@ -108,7 +105,7 @@ struct Tunnel {
     send: SendRequest<Bytes>,
     streams: AtomicUsize,
     closed: AtomicBool,
-    /// It was given up since the peer did not answer.
+    /// It was given up since the peer did not answer. Set before its streams hear of its end.
     silent: AtomicBool,
     generations: (u64, u64),
     valid_until: SystemTime,
@@ -349,7 +346,11 @@ impl Pool {
                 }
                 match tokio::time::timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await {
                     Ok(Ok(_)) => {}
-                    Ok(Err(_)) | Err(_) => return UNANSWERED,
+                    Ok(Err(_)) => return "failed",
+                    Err(_silent) => {
+                        tunnel.silent.store(true, Ordering::Relaxed);
+                        return "unanswered";
+                    }
                 }
             }
         };
@@ -363,9 +364,6 @@ impl Pool {
             },
             reason = watched => reason,
         };
-        // Before the connection is dropped, which its streams hear.
-        let silent = reason == UNANSWERED;
-        tunnel.silent.store(silent, Ordering::Relaxed);
         tunnel.closed.store(true, Ordering::Relaxed);
         let mut entries = self.entries.lock();
         if let Some(entry) = entries.get_mut(key) {

@@ -268,14 +268,19 @@ impl Tunnel {
             return;
         };
         let mut drain = self.worker.draining();
-        // Waited for once, not anew with each stream.
-        let mut drained = pin!(drain.wait_for(|draining| *draining));
         let mut changed = self.worker.context.identities.changed();
         // What the handshake went by may have been replaced before anybody listened for it.
         changed.mark_changed();
-        let outdated = async { while changed.changed().await.is_ok() && !self.is_stale() {} };
-        let mut outdated = pin!(outdated);
-        let mut leaving = false;
+        // The peer opens another tunnel, to the process or with the certificate that is newest now. Waited for once, not
+        // anew with each stream.
+        let leaving = async {
+            let outdated = async { while changed.changed().await.is_ok() && !self.is_stale() {} };
+            tokio::select! {
+                _ = drain.wait_for(|draining| *draining) => {}
+                () = outdated => {}
+            }
+        };
+        let mut leaving = pin!(leaving.fuse());
         let mut unused = pin!(Fuse::terminated());
         let keepalive = async {
             let mut ticks = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
@@ -304,14 +309,7 @@ impl Tunnel {
                     tracing::debug!(peer = %self.address, caller = %self.peer.identity, "tunnel does not answer");
                     return;
                 }
-                // The peer opens another tunnel, to the process or with the certificate that is newest now.
-                _ = &mut drained, if !leaving => {
-                    leaving = true;
-                    connection.graceful_shutdown();
-                    unused.set(self.unused().fuse());
-                }
-                () = &mut outdated, if !leaving => {
-                    leaving = true;
+                () = &mut leaving => {
                     connection.graceful_shutdown();
                     unused.set(self.unused().fuse());
                 }

@@ -16,7 +16,7 @@ use crate::http::callee::{self, Call};
 use crate::http::connection::{Interims, Told};
 use crate::http::h1;
 use crate::http::upgrade::{self, Upgraded};
-use crate::http::{BoxedRequest, connection, wire};
+use crate::http::{connection, wire};
 use crate::pods::Pod;
 use crate::telemetry::Security;
 
@@ -80,8 +80,7 @@ impl Tunnel {
         let follows = wire::is_upgrade(&parts).then(|| std::mem::take(&mut body));
         let interims = Interims::default();
         parts.extensions.insert(interims.sink());
-        let head = Box::new(parts);
-        let request = BoxedRequest { head, body };
+        let request = Request::from_parts(parts, body).into();
         let response = {
             let mut delivering = pin!(callee::deliver(&self.worker, pod, call, request));
             loop {
