@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mesh_api::errors::ProxyError;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
 
@@ -83,6 +83,18 @@ pub fn finish_writing(stream: &TcpStream) -> io::Result<()> {
     }
 }
 
+/// Ends when the peer has reset the connection, or is given up. A socket from which nothing is read just now tells
+/// it only to who asks for that.
+pub async fn failed(socket: &TcpStream) -> io::Error {
+    let found = match socket.ready(Interest::ERROR).await {
+        Ok(_) => socket.take_error(),
+        Err(error) => return error,
+    };
+    // Whoever read or wrote at the same time may have been told the reason.
+    let found = found.unwrap_or_else(Some);
+    found.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+}
+
 /// Copies both ways until both sides have finished. On an error both sockets are set to reset.
 ///
 /// `sent` counts bytes from `source` to `destination`.
@@ -128,7 +140,11 @@ async fn pump(
         done += length;
         if !rest.is_empty() {
             buffered.add(rest.len()).map_err(Broken::Limit)?;
-            write_all(to, &rest).await?;
+            tokio::select! {
+                biased;
+                written = write_all(to, &rest) => written?,
+                error = failed(from.as_ref()) => return Err(error.into()),
+            }
             buffered.release(rest.len());
         }
     }
@@ -179,4 +195,4 @@ async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -22,7 +22,7 @@ use super::apps::Holding;
 use super::body::{Body, BodyError, Held, Passing};
 use super::h1;
 use crate::budget::Account;
-use crate::tcp::write_some;
+use crate::tcp::{failed, write_some};
 
 /// Extension of an answer after which the connection carries raw bytes.
 #[derive(Clone)]
@@ -155,7 +155,14 @@ async fn write_body(
     mut to: OwnedWriteHalf,
     account: Option<&Arc<Account>>,
 ) -> io::Result<()> {
-    while let Some(frame) = body.frame().await {
+    loop {
+        let frame = tokio::select! {
+            biased;
+            frame = body.frame() => frame,
+            // The other direction may not read just now.
+            error = failed(to.as_ref()) => return Err(error),
+        };
+        let Some(frame) = frame else { break };
         let frame = frame.map_err(io::Error::other)?;
         let Ok(mut data) = frame.into_data() else {
             continue;
@@ -286,5 +293,25 @@ mod tests {
         app.shutdown().await.unwrap();
         relaying.await.unwrap().unwrap();
         assert_eq!(Arc::strong_count(&guard), 1);
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_noticed_while_the_app_takes_nothing() {
+        let (client, served) = pair().await;
+        let (proxy, _app) = pair().await;
+        let upgraded = Upgraded::raw(h1::Raw {
+            stream: proxy,
+            ahead: Bytes::new(),
+            holding: None,
+        });
+        let account = Account::new("demo".into(), "web".into(), &Limits::default());
+        let leaving = async {
+            crate::tcp::tests::fill(&client).await;
+            crate::tcp::reset_on_close(&client);
+            drop(client);
+        };
+        let relaying = upgraded.relay(served, Bytes::new(), &account);
+        let (ended, ()) = tokio::join!(relaying, leaving);
+        ended.unwrap_err();
     }
 }

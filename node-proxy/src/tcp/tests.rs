@@ -121,3 +121,37 @@ async fn a_receiver_that_does_not_read_stops_the_sender_and_is_charged() {
     assert_eq!((heard, sent.get()), (total, total));
     assert_eq!(account.used(Resource::BufferedBytes), 0);
 }
+
+/// Writes until nothing more is taken: the kernel's buffers are full, and so is who reads.
+pub(crate) async fn fill(socket: &TcpStream) {
+    const QUIET: Duration = Duration::from_millis(300);
+    let block = [7; 64 * 1024];
+    let mut total = 0;
+    while tokio::time::timeout(QUIET, socket.writable()).await.is_ok() {
+        total += write_some(socket, &block).unwrap();
+        assert!(total < 256 << 20, "no back-pressure");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_reset_is_noticed_while_the_receiver_takes_nothing() {
+    let (client, mut a) = pair().await;
+    let (mut server, mut b) = pair().await;
+    let account = account(1 << 20);
+    let relaying = async {
+        let (sent, received) = (Meter::default(), Meter::default());
+        relay(&mut a, &mut b, &sent, &received, charges(&account)).await
+    };
+    let leaving = async {
+        fill(&client).await;
+        reset_on_close(&client);
+        drop(client);
+    };
+    let (broken, ()) = tokio::join!(relaying, leaving);
+    assert!(matches!(broken, Err(Broken::Io(_))), "{broken:?}");
+    drop((a, b));
+    let mut heard = Vec::new();
+    let error = server.read_to_end(&mut heard).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}

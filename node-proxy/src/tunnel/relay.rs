@@ -18,7 +18,7 @@ use tokio_util::io::poll_read_buf;
 
 use super::{ABORT, FULL_FRAME};
 use crate::budget::Charge;
-use crate::tcp::{Broken, finish_writing, poll_read, reset_on_close, write_some};
+use crate::tcp::{Broken, failed, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
 use crate::turns::pause;
 
@@ -66,7 +66,12 @@ async fn into_tunnel(
             let held = sent.min(super::SEND_BUFFER);
             buffered.add(held).map_err(Broken::Limit)?;
             while to.capacity() == 0 {
-                match poll_fn(|cx| to.poll_capacity(cx)).await {
+                let capacity = tokio::select! {
+                    biased;
+                    capacity = poll_fn(|cx| to.poll_capacity(cx)) => capacity,
+                    error = failed(from.as_ref()) => return Err(error.into()),
+                };
+                match capacity {
                     Some(Ok(_)) => {}
                     Some(Err(_)) | None => return Err(Broken::Stream),
                 }

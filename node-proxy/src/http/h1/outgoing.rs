@@ -91,7 +91,7 @@ impl Writer {
 
     /// Writes `head`, then all of `body`.
     pub(super) async fn message(
-        &mut self,
+        &self,
         head: Vec<u8>,
         body: &mut Body,
         framing: Framing,
@@ -154,7 +154,7 @@ impl Writer {
     }
 
     async fn data(
-        &mut self,
+        &self,
         out: &mut Vec<u8>,
         data: Bytes,
         framing: Framing,
@@ -184,16 +184,16 @@ impl Writer {
     }
 
     /// Writes all of `bytes`.
-    pub(super) async fn all(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+    pub(super) async fn all(&self, bytes: &[u8]) -> Result<(), Failure> {
         self.behind(bytes, &mut Body::empty()).await
     }
 
     /// Writes all of `bytes`, which `body` follows.
-    async fn behind(&mut self, bytes: &[u8], body: &mut Body) -> Result<(), Failure> {
+    async fn behind(&self, bytes: &[u8], body: &mut Body) -> Result<(), Failure> {
         self.gather([bytes, b"", b""], body).await
     }
 
-    async fn gather(&mut self, parts: [&[u8]; 3], body: &mut Body) -> Result<(), Failure> {
+    async fn gather(&self, parts: [&[u8]; 3], body: &mut Body) -> Result<(), Failure> {
         let mut parts = parts;
         while parts.iter().any(|part| !part.is_empty()) {
             let written = if parts[1].is_empty() && parts[2].is_empty() {

@@ -5,6 +5,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -348,7 +349,11 @@ impl Server {
                 } else {
                     parts.extensions.get::<HeaderCase>().cloned()
                 };
-                self.writer.message(out, &mut body, framing, case).await
+                tokio::select! {
+                    biased;
+                    written = self.writer.message(out, &mut body, framing, case) => written,
+                    error = tcp::failed(self.writer.socket()) => Err(error.into()),
+                }
             }
         };
         match written {
@@ -397,10 +402,11 @@ impl Server {
     }
 
     /// Ends when the client has closed its side or the connection has failed. Meant to be waited for beside
-    /// the answer, to stop work that nobody waits for; a request whose body is still coming in learns of it
-    /// through the body. Cancelling it loses nothing.
+    /// the answer, to stop work that nobody waits for; while the request's body is coming in, the body tells of
+    /// a client that closes. Cancelling it loses nothing.
     pub async fn closed(&mut self) {
         let most = self.limits.head;
+        let mut failed = pin!(tcp::failed(self.writer.socket()));
         poll_fn(|cx| {
             if self.reader.is_none()
                 && let Some(lent) = &self.lent
@@ -410,7 +416,8 @@ impl Server {
                 self.lent = None;
             }
             let Some(reader) = &mut self.reader else {
-                return Poll::Pending;
+                // Whoever has it does not read while it waits for its own receiver.
+                return failed.as_mut().poll(cx).map(drop);
             };
             // What is sent ahead is read ahead, up to the size of a head.
             while reader.buffered().len() < most {

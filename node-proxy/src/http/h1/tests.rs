@@ -10,6 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::http::body::Body;
+use crate::tcp;
 
 mod client;
 mod parse;

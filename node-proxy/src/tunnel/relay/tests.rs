@@ -6,6 +6,7 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::budget::{Account, Limits, Resource};
+use crate::tcp::tests::fill;
 use crate::tunnel::{CONNECTION_WINDOW, MAX_FRAME, SEND_BUFFER, STREAM_WINDOW};
 
 /// A connected pair: (the app's end, the proxy's end).
@@ -159,4 +160,25 @@ async fn a_callee_that_does_not_read_is_held_to_its_budget() {
     assert_eq!(tight.refused(Resource::BufferedBytes), 1);
     assert_eq!(tight.used(Resource::BufferedBytes), 0);
     drop(server);
+}
+
+#[tokio::test]
+async fn a_reset_crosses_the_tunnel_while_the_receiver_takes_nothing() {
+    let (client, caller) = pair().await;
+    let (_server, callee) = pair().await;
+    let (near, far) = stream().await;
+    let account = account(64 << 20);
+    let leaving = async {
+        fill(&client).await;
+        reset_on_close(&client);
+        drop(client);
+    };
+    let (near, far, ()) = tokio::join!(
+        run(caller, near, Arc::clone(&account)),
+        run(callee, far, Arc::clone(&account)),
+        leaving
+    );
+    assert!(matches!(near.0, Err(Broken::Io(_))), "{near:?}");
+    assert!(matches!(far.0, Err(Broken::Stream)), "{far:?}");
+    assert_eq!(account.used(Resource::BufferedBytes), 0);
 }

@@ -75,7 +75,7 @@ impl Drop for Running {
 
 /// Makes the request one that can be sent beside the reading of its answer.
 pub(super) fn upload(
-    mut writer: Writer,
+    writer: Writer,
     mut head: Vec<u8>,
     mut body: Body,
     framing: Framing,

@@ -602,6 +602,41 @@ async fn a_client_that_leaves_is_noticed_while_it_is_served() {
 }
 
 #[tokio::test]
+async fn a_reset_is_noticed_while_nobody_reads_the_body() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    client
+        .write_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\na")
+        .await
+        .unwrap();
+    let _request = next(&mut server).await;
+    let mut closed = Box::pin(server.closed());
+    assert!(poll!(&mut closed).is_pending());
+    tcp::reset_on_close(&client);
+    drop(client);
+    closed.await;
+}
+
+#[tokio::test]
+async fn a_reset_is_noticed_while_an_answer_pauses() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        .await
+        .unwrap();
+    next(&mut server).await;
+    let (_rest, body) = crate::http::upgrade::deferred();
+    let mut answering = Box::pin(server.respond(Response::new(body)));
+    assert!(poll!(&mut answering).is_pending());
+    read_exactly(&mut client, "HTTP/1.1 200 OK\r\n").await;
+    tcp::reset_on_close(&client);
+    drop(client);
+    let ended = answering.await;
+    assert!(matches!(ended, Err(Error::Io(_))), "{ended:?}");
+}
+
+#[tokio::test]
 async fn an_idle_connection_holds_no_buffer() {
     let (mut client, socket) = pair().await;
     let mut server = serve(socket);
