@@ -2,7 +2,7 @@
 //! the proxies' memory stays below what the limits say and comes back. With `WARREN_TEST_LONG` on an idle machine also:
 //! the quiet one's p99 at most doubles against the same load without the mesh. That has limits which refuse nothing of the
 //! noise; the noise comes at a fixed rate and gets as much done on both paths; and a round counts only where the machine
-//! beneath left this one its processors.
+//! beneath left this one its processors. Beside all of it at once it does not hold yet (docs/performance.md).
 //!
 //! Generators and servers have a bounded share of the processor, so that the proxies are measured and not who gets
 //! the processor. The noisy ones also yield to everybody: else they run their whole share at a stretch, and the
@@ -77,7 +77,6 @@ fn a_noisy_workload_does_not_slow_a_quiet_one() {
 }
 
 #[test]
-#[ignore = "does not hold on two cores: they have nothing left (docs/performance.md)"]
 fn all_noise_at_once_does_not_slow_a_quiet_workload() {
     expect_not_slowed(&[ALL]);
 }
