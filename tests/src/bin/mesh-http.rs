@@ -86,8 +86,8 @@ struct State {
 /// What a request asks for, as `key=value&...`.
 #[derive(Clone, Debug, Default)]
 struct Control {
-    /// `delay=MS`: before the answer's head.
-    delay_ms: u64,
+    /// `delay=MS`: before the answer's head, by a timer that goes off up to a millisecond later, also with 0.
+    delay_ms: Option<u64>,
     /// `read=MS`: before each piece of the request's body is read.
     read_ms: u64,
     /// `fail=PERCENT`: of all requests, evenly spread, are answered with `status`.
@@ -119,7 +119,7 @@ impl Control {
         for (key, value) in text.split('&').filter_map(|pair| pair.split_once('=')) {
             let number = value.parse::<u64>().ok();
             match key {
-                "delay" => self.delay_ms = number.unwrap_or_default(),
+                "delay" => self.delay_ms = number,
                 "read" => self.read_ms = number.unwrap_or_default(),
                 "fail" => self.fail = number.unwrap_or_default(),
                 "first" => self.first = number.unwrap_or_default(),
@@ -257,7 +257,9 @@ async fn answer(
             }
         }
     }
-    tokio::time::sleep(Duration::from_millis(control.delay_ms)).await;
+    if let Some(delay) = control.delay_ms {
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+    }
     if control.close {
         return Err("asked to close".into());
     }
