@@ -30,6 +30,8 @@ pub mod supervisor;
 pub mod table;
 pub mod tcp;
 pub mod telemetry;
+#[cfg(test)]
+mod testing;
 pub mod tunnel;
 pub mod turns;
 pub mod worker;

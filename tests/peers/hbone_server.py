@@ -2,7 +2,8 @@
 
 Terminates mutual TLS on port 15008 and answers each CONNECT itself: it echoes the bytes of the stream
 in upper case. Prints a JSON line for every stream and for every failed handshake. With `--lose PORT=N`
-the first N CONNECTs to that port end their whole tunnel without an answer.
+the first N CONNECTs to that port end their whole tunnel without an answer; with `--mute PORT` one to that port
+is the last that its tunnel hears: nothing is read or sent on it any more.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def main():
     parser.add_argument("--key", required=True)
     parser.add_argument("--ca", required=True)
     parser.add_argument("--lose", action="append", default=[], metavar="PORT=N")
+    parser.add_argument("--mute", action="append", default=[], metavar="PORT")
     args = parser.parse_args()
     lose = {port: int(times) for port, times in (rule.split("=") for rule in args.lose)}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -38,14 +40,14 @@ def main():
     say(event="listening")
     while True:
         raw, peer = listener.accept()
-        threading.Thread(target=serve, args=(context, raw, peer, names, lose), daemon=True).start()
+        threading.Thread(target=serve, args=(context, raw, peer, names, lose, args.mute), daemon=True).start()
 
 
 def say(**fields):
     print(json.dumps(fields), flush=True)
 
 
-def serve(context, raw, peer, names, lose):
+def serve(context, raw, peer, names, lose, mute):
     address = peer[0].removeprefix("::ffff:")
     raw.settimeout(120)
     try:
@@ -58,14 +60,14 @@ def serve(context, raw, peer, names, lose):
     server_name = names.pop() if names else None
     say(event="handshake", peer=address, identity=uri, alpn=stream.selected_alpn_protocol(), sni=server_name)
     try:
-        converse(stream, address, uri, lose)
+        converse(stream, address, uri, lose, mute)
     except (ssl.SSLError, OSError) as error:
         say(event="ended", peer=address, error=str(error))
     finally:
         stream.close()
 
 
-def converse(stream, address, uri, lose):
+def converse(stream, address, uri, lose, mute):
     config = h2.config.H2Configuration(client_side=False, validate_inbound_headers=False)
     connection = h2.connection.H2Connection(config=config)
     connection.initiate_connection()
@@ -82,6 +84,8 @@ def converse(stream, address, uri, lose):
                 if lose.get(port, 0) > 0:
                     lose[port] -= 1
                     return
+                if port in mute:
+                    threading.Event().wait()
                 classic = fields.get(":method") == "CONNECT" and ":path" not in fields
                 status = "200" if classic else "400"
                 connection.send_headers(event.stream_id, [(":status", status)], end_stream=not classic)

@@ -18,7 +18,7 @@ const CLIENT_ID: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
 #[test]
 fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
-    scenario(Duration::from_secs(120), |s| {
+    scenario(Duration::from_secs(180), |s| {
         let root = Authority::new("a shared root");
         let ca = s.fresh_path("ca");
         root.write(&ca);
@@ -31,7 +31,8 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
         let mut manifests = near_and_far();
         manifests.push(account("demo", "peer"));
         let mut server = peer_files.command("hbone_server.py");
-        server.extend(["--lose", "7778=1", "--lose", "7779=2"].map(str::to_owned));
+        let faults = ["--lose", "7778=1", "--lose", "7779=2", "--mute", "7780"];
+        server.extend(faults.map(str::to_owned));
         let server: Vec<&str> = server.iter().map(String::as_str).collect();
         let pod = Pod::new("demo", "peer", "node-2").command(&server);
         manifests.push(pod.annotation("warren-mesh.io/tunnel", "hbone").build());
@@ -63,6 +64,9 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
         let lost_twice = SocketAddr::new(peer_pod.v4(), 7779).to_string();
         let answer = attempt(&lab, CLIENT, &["send", &lost_twice, "never"]);
         assert_ne!(answer["answer"], "NEVER", "{answer}");
+        // A peer that falls silent is not asked again: its tunnel's ping is not answered, and the connection ends.
+        let silent = SocketAddr::new(peer_pod.v4(), 7780);
+        connect_until_given_up(&lab, &peer_files.python, silent);
         let events: Vec<Value> = lab
             .logs(&["-n", "demo", "peer"])
             .lines()
@@ -97,11 +101,11 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
             );
         }
 
-        for lost in [lost_once, lost_twice] {
+        for (to, times) in [(lost_once, 2), (lost_twice, 2), (silent.to_string(), 1)] {
             let asked = of("stream")
                 .into_iter()
-                .filter(|e| e["headers"][":authority"] == *lost);
-            assert_eq!(asked.count(), 2, "streams to {lost}: {events:?}");
+                .filter(|e| e["headers"][":authority"] == *to);
+            assert_eq!(asked.count(), times, "streams to {to}: {events:?}");
         }
 
         // The Python client calls meshed servers, at their own addresses.
@@ -169,6 +173,28 @@ impl Files {
             self.roots.clone(),
         ]
     }
+}
+
+/// Connects from the client, again and again, until a connection ends since the tunnel's ping is not answered. Each is
+/// given up before the proxy's own time for it is over.
+#[track_caller]
+fn connect_until_given_up(lab: &Lab, python: &str, to: SocketAddr) {
+    let script = "import socket, sys\n\
+        peer = socket.create_connection((sys.argv[1], int(sys.argv[2])))\n\
+        peer.settimeout(7)\n\
+        peer.sendall(b'is anybody there?')\n\
+        try: print(peer.recv(1))\n\
+        except OSError as error: print(type(error).__name__)\n";
+    let (ip, port) = (to.ip().to_string(), to.port().to_string());
+    for _ in 0..6 {
+        let ended = lab.exec(CLIENT, &[python, "-c", script, &ip, &port]);
+        match ended.expect_ok().stdout.trim() {
+            "TimeoutError" => {}
+            "ConnectionResetError" | "b''" => return,
+            other => panic!("{to}: {other}"),
+        }
+    }
+    panic!("the tunnel to {to} was not given up");
 }
 
 /// One CONNECT over HBONE from the Python pod to a pod's own port 15008.

@@ -1,13 +1,10 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
 
 use bytes::Bytes;
-use futures::future::{BoxFuture, pending};
 use h2::Reason;
 use h2::server::SendResponse;
 use http::Request;
-use mesh_api::identity::Identity;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -16,26 +13,9 @@ use tokio::sync::{Notify, mpsc};
 use super::*;
 use crate::budget::{self, Resource};
 use crate::http::callee::failure;
-use crate::identity::{Identities, IssueError, Issuer};
 use crate::pods::PodInfo;
 use crate::stock::{self, Supply};
-
-/// Never reached: no certificate is needed here.
-struct NoIssuer;
-
-impl Issuer for NoIssuer {
-    fn reachable(&self) -> BoxFuture<'_, ()> {
-        Box::pin(pending())
-    }
-
-    fn issue(
-        &self,
-        _identity: &Identity,
-        _csr: Vec<u8>,
-    ) -> BoxFuture<'_, Result<Vec<Vec<u8>>, IssueError>> {
-        Box::pin(pending())
-    }
-}
+use crate::testing;
 
 /// The request that a failure brings back.
 fn request_of(error: AppError) -> Option<BoxedRequest> {
@@ -48,8 +28,7 @@ fn request_of(error: AppError) -> Option<BoxedRequest> {
 /// A pod with some sockets, in the test's own namespace.
 fn pod(sockets: usize) -> (Arc<Pod>, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
-    let clock = Arc::new(SystemTime::now);
-    let identities = Identities::new(directory.path(), Arc::new(NoIssuer), clock);
+    let identities = testing::identities(directory.path());
     let supply = Supply::new(10_000, stock::Metrics::default());
     let info = PodInfo {
         namespace: "demo".into(),

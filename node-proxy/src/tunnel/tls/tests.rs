@@ -3,14 +3,14 @@
 
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
-use crate::identity::{Identities, IssueError};
+use crate::identity::Identities;
+use crate::testing;
 
 struct Ca {
     issuer: Issuer<'static, KeyPair>,
@@ -51,18 +51,6 @@ impl Ca {
     }
 }
 
-struct NoIssuer;
-
-impl crate::identity::Issuer for NoIssuer {
-    fn reachable(&self) -> BoxFuture<'_, ()> {
-        Box::pin(std::future::pending())
-    }
-
-    fn issue(&self, _: &Identity, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<Vec<u8>>, IssueError>> {
-        Box::pin(async { Err(IssueError::Refused("nothing is issued here".into())) })
-    }
-}
-
 /// What both ends go by.
 struct Roots {
     identities: Arc<Identities>,
@@ -72,9 +60,8 @@ struct Roots {
 impl Roots {
     fn of(bundle: &[&Ca]) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let clock = Arc::new(SystemTime::now);
         let roots = Self {
-            identities: Identities::new(directory.path(), Arc::new(NoIssuer), clock),
+            identities: testing::identities(directory.path()),
             _directory: directory,
         };
         roots.replace(bundle);
