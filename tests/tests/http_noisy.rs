@@ -296,10 +296,16 @@ impl<'a> Beside<'a> {
     /// What was reset is given up, also where nobody takes it.
     fn nothing_is_left(&self) {
         wait_until("bodies to be given up", GIVEN_UP, || {
-            let held = [("resource", "buffered_bytes"), ("namespace", MESHED)];
-            let used = NODES.map(|node| self.lab.metrics(node).sum("warren_workload_used", &held));
-            let used: f64 = used.into_iter().sum();
-            (used == 0.).then_some(()).ok_or(used)
+            let used = [("node-1", "noisy"), ("node-2", "sink")].map(|(node, pod)| {
+                let of = [
+                    ("resource", "buffered_bytes"),
+                    ("namespace", MESHED),
+                    ("pod", pod),
+                ];
+                (pod, self.lab.metrics(node).sum("warren_workload_used", &of))
+            });
+            let nothing = used.iter().all(|(_, bytes)| *bytes == 0.);
+            nothing.then_some(()).ok_or(format!("bytes held: {used:?}"))
         });
     }
 
