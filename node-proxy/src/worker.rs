@@ -39,9 +39,6 @@ use crate::tunnel::pool::Pool;
 use crate::tunnel::tls::ServerConfigs;
 use crate::turns::Turns;
 
-#[cfg(test)]
-mod tests;
-
 /// Sockets that are served before tunnels send what came from them. More per record and system call cost less,
 /// but then the two nodes wait for each other: each works through a batch while the other has none.
 const EVENTS: usize = 32;
@@ -364,3 +361,6 @@ fn start_thread(number: usize, stopping: oneshot::Receiver<()>) -> io::Result<Ha
         })?;
     Ok(handle)
 }
+
+#[cfg(test)]
+mod tests;
