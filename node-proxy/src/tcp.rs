@@ -29,6 +29,10 @@ pub const CHUNK: usize = 64 * 1024;
 /// The kernel takes no more than `net.core.rmem_max`, and doubles it for its own use.
 const RECEIVE_BUFFER: usize = 256 * 1024;
 
+/// How long the kernel keeps what a peer does not take of a connection that nobody holds any more. It would take some
+/// three minutes otherwise (`net.ipv4.tcp_orphan_retries`), with memory that no account knows of.
+const LAST_BYTES: Duration = Duration::from_secs(30);
+
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 4;
@@ -74,6 +78,48 @@ pub fn reset_on_close(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
+/// The writing side of a connection on which not all was sent that had to be. Dropped, it makes the end of the
+/// connection a reset: the receiver must not take what it got for the whole, and what it does not read is not kept
+/// for it.
+#[derive(Debug)]
+pub struct Unfinished<T: AsRef<TcpStream>>(Option<T>);
+
+impl<T: AsRef<TcpStream>> Unfinished<T> {
+    /// Until [`Self::finished`].
+    pub fn new(to: T) -> Self {
+        Self(Some(to))
+    }
+
+    /// All was sent.
+    pub fn finished(mut self) -> Option<T> {
+        self.0.take()
+    }
+}
+
+impl<T: AsRef<TcpStream>> std::ops::Deref for Unfinished<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0
+            .as_ref()
+            .expect("taken only by what consumes the value")
+    }
+}
+
+impl<T: AsRef<TcpStream>> Drop for Unfinished<T> {
+    fn drop(&mut self) {
+        if let Some(to) = &self.0 {
+            reset_on_close(to.as_ref());
+        }
+    }
+}
+
+/// Bounds how long the kernel goes on with a connection that is about to be closed, while its peer takes nothing.
+pub fn let_go(stream: &TcpStream) {
+    // A socket that is already gone has nothing left to send.
+    let _ = SockRef::from(stream).set_tcp_user_timeout(Some(LAST_BYTES));
+}
+
 /// Sends FIN.
 pub fn finish_writing(stream: &TcpStream) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
@@ -112,9 +158,11 @@ pub async fn relay(
         pump(from_source, to_destination.as_ref(), sent, up),
         pump(from_destination, to_source.as_ref(), received, down)
     );
-    if result.is_err() {
-        reset_on_close(source);
-        reset_on_close(destination);
+    for socket in [source, destination] {
+        match result {
+            Ok(_) => let_go(socket),
+            Err(_) => reset_on_close(socket),
+        }
     }
     result.map(|_| ())
 }

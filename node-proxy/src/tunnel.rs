@@ -12,6 +12,7 @@ use http::HeaderMap;
 use mesh_api::errors::ProxyError;
 
 pub mod admission;
+pub mod ahead;
 pub mod dial;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;

@@ -12,7 +12,6 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes, BytesMut};
 use http_body::Frame;
 use parking_lot::Mutex;
-use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::oneshot;
@@ -22,7 +21,7 @@ use super::apps::Holding;
 use super::body::{Body, BodyError, Held, Passing};
 use super::h1;
 use crate::budget::Account;
-use crate::tcp::{failed, write_some};
+use crate::tcp::{Unfinished, failed, finish_writing, write_some};
 
 /// Extension of an answer after which the connection carries raw bytes.
 #[derive(Clone)]
@@ -152,9 +151,10 @@ pub fn deferred() -> (oneshot::Sender<Body>, Body) {
 
 async fn write_body(
     mut body: Body,
-    mut to: OwnedWriteHalf,
+    to: OwnedWriteHalf,
     account: Option<&Arc<Account>>,
 ) -> io::Result<()> {
+    let to = Unfinished::new(to);
     loop {
         let frame = tokio::select! {
             biased;
@@ -176,7 +176,9 @@ async fn write_body(
             held.map_err(io::Error::other)??;
         }
     }
-    to.shutdown().await
+    finish_writing(to.as_ref())?;
+    to.finished();
+    Ok(())
 }
 
 /// What a socket brings.
@@ -253,6 +255,7 @@ impl http_body::Body for Deferred {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     use super::*;
@@ -267,7 +270,6 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_held_is_held_until_both_directions_have_ended() {
-        use tokio::io::AsyncReadExt;
         let (mut client, served) = pair().await;
         let (proxy, mut app) = pair().await;
         let upgraded = Upgraded::raw(h1::Raw {
@@ -298,7 +300,7 @@ mod tests {
     #[tokio::test]
     async fn a_reset_is_noticed_while_the_app_takes_nothing() {
         let (client, served) = pair().await;
-        let (proxy, _app) = pair().await;
+        let (proxy, mut app) = pair().await;
         let upgraded = Upgraded::raw(h1::Raw {
             stream: proxy,
             ahead: Bytes::new(),
@@ -313,5 +315,7 @@ mod tests {
         let relaying = upgraded.relay(served, Bytes::new(), &account);
         let (ended, ()) = tokio::join!(relaying, leaving);
         ended.unwrap_err();
+        let heard = app.read_to_end(&mut Vec::new()).await;
+        assert_eq!(heard.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::ahead::ReadsAhead;
 use super::tls::{Peer, Refusal, peer, refusal, tls_refusal};
 use super::{
     CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, READ_AHEAD, SEND_BUFFER, STREAM_WINDOW,
@@ -29,13 +30,16 @@ use crate::turns::Paced;
 /// From the first packet to a tunnel that can be used.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The connection of a tunnel.
+pub type Driving = Connection<Paced<ReadsAhead<TlsStream<BufReader<TcpStream>>>>, Bytes>;
+
 /// A tunnel that the server has accepted.
 #[derive(Debug)]
 pub struct Dialed {
     /// To open streams with.
     pub send: SendRequest<Bytes>,
     /// To be driven by its own task.
-    pub connection: Connection<Paced<TlsStream<BufReader<TcpStream>>>, Bytes>,
+    pub connection: Driving,
     /// Keepalive handle of `connection`.
     pub ping: h2::PingPong,
     /// The server.
@@ -108,7 +112,7 @@ async fn handshake(
         .max_header_list_size(MAX_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
-        .handshake(Paced::new(tls))
+        .handshake(Paced::new(ReadsAhead::new(tls)))
         .await
         .map_err(http2_refusal)?;
     let mut ping = connection.ping_pong().ok_or(internal)?;

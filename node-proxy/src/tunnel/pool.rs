@@ -22,14 +22,13 @@ use rustls::ClientConfig;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::dial::{Dialed, dial};
+use super::dial::{Dialed, Driving, dial};
 use super::tls::{Kind, Refusal, client_config};
 use crate::identity::{Identities, LocalIdentity, Trust};
 use crate::maps::FastMap;
 use crate::pods::{Host, Pod};
 use crate::stock::Stock;
 use crate::telemetry::{GaugeGuard, HandshakeLabels, SideLabels, Telemetry};
-use crate::turns::Paced;
 
 /// Streams on one tunnel before the next is opened.
 const STREAMS_PER_TUNNEL: usize = 1024;
@@ -322,10 +321,7 @@ impl Pool {
         &self,
         key: &Key,
         tunnel: &Arc<Tunnel>,
-        connection: h2::client::Connection<
-            Paced<tokio_rustls::client::TlsStream<tokio::io::BufReader<tokio::net::TcpStream>>>,
-            Bytes,
-        >,
+        connection: Driving,
         mut ping: h2::PingPong,
     ) {
         let open = self

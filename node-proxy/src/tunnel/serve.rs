@@ -24,6 +24,7 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::admission::Turn;
+use super::ahead::ReadsAhead;
 use super::tls::{Kind, Peer, Refusal, peer, refusal, tls_refusal};
 use super::{
     CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, MAX_STREAMS, READ_AHEAD, SEND_BUFFER,
@@ -259,7 +260,7 @@ impl Tunnel {
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_streams(MAX_STREAMS)
             .enable_connect_protocol()
-            .handshake(Paced::new(tls));
+            .handshake(Paced::new(ReadsAhead::new(tls)));
         let mut connection: Connection<_, Bytes> = match in_time(&self.worker, connection).await {
             Some(Ok(connection)) => connection,
             Some(Err(_)) | None => return,

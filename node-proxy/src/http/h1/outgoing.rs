@@ -19,6 +19,7 @@ use super::encode;
 use super::head::Framing;
 use crate::budget::Account;
 use crate::http::body::{Body, BodyError};
+use crate::tcp;
 
 /// Data up to this size is copied behind what waits to be written.
 pub(super) const SMALL: usize = 16 * 1024;
@@ -54,8 +55,15 @@ pub(super) struct Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         if let Some(io) = self.io.take() {
+            tcp::let_go(io.as_ref());
             io.forget();
         }
+    }
+}
+
+impl AsRef<TcpStream> for Writer {
+    fn as_ref(&self) -> &TcpStream {
+        self.socket()
     }
 }
 

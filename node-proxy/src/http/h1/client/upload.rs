@@ -16,7 +16,7 @@ use crate::http::h1::case::HeaderCase;
 use crate::http::h1::head::Framing;
 use crate::http::h1::outgoing::{Failure, Writer};
 use crate::http::h1::reader::Reader;
-use crate::tcp;
+use crate::tcp::{self, Unfinished};
 
 /// How long a request that expects a 100 is held back without one (RFC 9110 10.1.1).
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
@@ -36,7 +36,10 @@ pub(super) struct Upload<T> {
 /// What is left of an upload.
 #[derive(Debug, Default)]
 pub(super) struct Uploaded {
+    /// Of a request that is out whole.
     writer: Option<Writer>,
+    /// Of one that is not.
+    broken: Option<Unfinished<Writer>>,
     /// None: under way.
     result: Option<Result<(), Failure>>,
 }
@@ -51,9 +54,7 @@ pub(super) struct Running {
 impl Uploaded {
     /// The writer, if the request is out whole.
     pub(super) fn take_writer(&mut self) -> Option<Writer> {
-        matches!(self.result, Some(Ok(())))
-            .then(|| self.writer.take())
-            .flatten()
+        self.writer.take()
     }
 }
 
@@ -103,12 +104,19 @@ pub(super) fn upload(
             },
         };
         let result = match wanted {
-            Ok(()) => writer.message(head, &mut body, framing, case).await,
+            Ok(()) => {
+                let writer = Unfinished::new(writer);
+                let result = writer.message(head, &mut body, framing, case).await;
+                let mut left = left.lock();
+                match result {
+                    Ok(()) => left.writer = writer.finished(),
+                    Err(_) => left.broken = Some(writer),
+                }
+                result
+            }
             Err(failure) => Err(failure),
         };
-        let mut left = left.lock();
-        left.writer = Some(writer);
-        left.result = Some(result);
+        left.lock().result = Some(result);
     };
     Upload { task, go, uploaded }
 }
@@ -117,13 +125,7 @@ pub(super) fn upload(
 fn end_of(uploaded: &Mutex<Uploaded>) -> Option<Failure> {
     let mut uploaded = uploaded.lock();
     match uploaded.result.take() {
-        Some(Err(failure)) => {
-            if let (Failure::Body(_), Some(writer)) = (&failure, &uploaded.writer) {
-                // The app must not take what it got for the whole.
-                tcp::reset_on_close(writer.socket());
-            }
-            Some(failure)
-        }
+        Some(Err(failure)) => Some(failure),
         other => {
             uploaded.result = other;
             None
@@ -134,8 +136,7 @@ fn end_of(uploaded: &Mutex<Uploaded>) -> Option<Failure> {
 /// Tells an app that has begun to answer that the rest of the request's body will not come.
 fn abandon(uploaded: &Mutex<Uploaded>) {
     let uploaded = uploaded.lock();
-    if let (Some(Err(Failure::Body(_))), Some(writer)) = (&uploaded.result, &uploaded.writer) {
-        tcp::reset_on_close(writer.socket());
+    if let (Some(Err(Failure::Body(_))), Some(writer)) = (&uploaded.result, &uploaded.broken) {
         // A connection that has failed needs no more.
         let _ = tcp::finish_writing(writer.socket());
     }

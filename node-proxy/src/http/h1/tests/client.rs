@@ -362,6 +362,44 @@ async fn a_request_whose_body_fails_is_not_taken_for_whole() {
     assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// Sends to an app that does not answer until the app's side holds something, and gives up. How the app finds the end.
+async fn given_up(body: Body) -> io::Result<usize> {
+    let (mut app, stream) = pair().await;
+    let (client, home, _back) = client(stream);
+    let mut sending = Box::pin(client.send(post(body).into(), Some(home)));
+    tokio::select! {
+        _ = &mut sending => unreachable!("nobody answers"),
+        readable = app.readable() => readable.unwrap(),
+    }
+    assert!(futures::poll!(&mut sending).is_pending());
+    drop(sending);
+    app.read_to_end(&mut Vec::new()).await
+}
+
+#[tokio::test]
+async fn a_request_that_is_given_up_is_cut_off_unless_it_is_out_whole() {
+    let large = given_up(Body::full(vec![b'x'; 64 << 20])).await;
+    assert_eq!(large.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    let (feed, endless) = fed();
+    feed.send(b"some").await.unwrap();
+    let streamed = given_up(endless).await;
+    assert_eq!(streamed.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    let whole = given_up(Body::full(&b"all there is"[..])).await;
+    assert!(whole.unwrap() > 12, "the app may act on what it has");
+}
+
+#[tokio::test]
+async fn what_an_app_does_not_take_is_not_kept_for_long() {
+    let (app, stream) = pair().await;
+    let kept = socket2::SockRef::from(&stream).try_clone().unwrap();
+    let (client, _home, _back) = client(stream);
+    assert_eq!(kept.tcp_user_timeout().unwrap(), None);
+    drop(client);
+    let left = kept.tcp_user_timeout().unwrap();
+    assert_eq!(left, Some(Duration::from_secs(30)));
+    drop(app);
+}
+
 #[tokio::test]
 async fn an_app_that_answers_and_closes_without_reading_is_heard() {
     let (mut app, stream) = pair().await;
