@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::flow::Flow;
 use crate::pods::Pod;
 use crate::resolve::is_own_listener;
-use crate::tcp::{bound_receive_buffer, reset_on_close, set_options};
+use crate::tcp::{bound_buffers, reset_on_close, set_options};
 use crate::telemetry::{Party, ReasonLabels, Reporter};
 use crate::tunnel::serve::Entrance;
 use crate::worker::Worker;
@@ -97,7 +97,7 @@ pub async fn run(
 fn listen(listener: OwnedFd, capture: &Capture) -> io::Result<TcpListener> {
     set_options(SockRef::from(&listener))?;
     if let Capture::Outbound(_) = capture {
-        bound_receive_buffer(SockRef::from(&listener))?;
+        bound_buffers(SockRef::from(&listener))?;
     }
     let listener = std::net::TcpListener::from(listener);
     listener.set_nonblocking(true)?;

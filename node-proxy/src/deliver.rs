@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
-use crate::tcp::{bound_receive_buffer, finish_writing};
+use crate::tcp::{bound_buffers, finish_writing};
 
 /// Time to get a socket and a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -96,7 +96,7 @@ async fn open(
 async fn connect(socket: OwnedFd, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::from_std_stream(socket.into());
     if let Some(from) = from {
-        bound_receive_buffer(SockRef::from(&socket))?;
+        bound_buffers(SockRef::from(&socket))?;
         // Port 0 with IP_BIND_ADDRESS_NO_PORT: the port is chosen by connect, per destination.
         socket.bind(SocketAddr::new(from, 0))?;
     }

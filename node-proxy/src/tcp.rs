@@ -26,8 +26,9 @@ use crate::turns::pause;
 /// Size of a thread's scratch buffer: what one read takes at most.
 pub const CHUNK: usize = 64 * 1024;
 
-/// The kernel takes no more than `net.core.rmem_max`, and doubles it for its own use.
-const RECEIVE_BUFFER: usize = 256 * 1024;
+/// Of each direction. The kernel takes no more than `net.core.rmem_max` and `net.core.wmem_max`, and doubles it for its
+/// own use.
+const BUFFER: usize = 256 * 1024;
 
 /// How long the kernel keeps what a peer does not take of a connection that nobody holds any more. It would take some
 /// three minutes otherwise (`net.ipv4.tcp_orphan_retries`), with memory that no account knows of.
@@ -65,11 +66,12 @@ pub fn set_options(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)
 }
 
-/// Bounds what the kernel takes in of an app of this node that sends what nobody takes: megabytes otherwise
-/// (`net.ipv4.tcp_rmem`), which no account knows of. It is one copy away, so more would not be faster. To be called before
-/// the connection is there.
-pub fn bound_receive_buffer(socket: SockRef<'_>) -> io::Result<()> {
-    socket.set_recv_buffer_size(RECEIVE_BUFFER)
+/// Bounds what the kernel holds between a proxy and an app of its node that sends what nobody takes, or does not take
+/// what is sent: megabytes otherwise (`net.ipv4.tcp_rmem`, `net.ipv4.tcp_wmem`), which no account knows of. It is one copy
+/// away, so more would not be faster. To be called before the connection is there.
+pub fn bound_buffers(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_recv_buffer_size(BUFFER)?;
+    socket.set_send_buffer_size(BUFFER)
 }
 
 /// Makes the kernel send RST when the socket is closed.

@@ -57,7 +57,7 @@ const CONNECTIONS: u64 = 4000;
 const REQUESTS: u64 = 200;
 const BUFFERED_KIB: u64 = 16 * 1024;
 /// Of a socket to an app, with the kernel's own overhead.
-const RECEIVE_BUFFER: usize = 512 * 1024;
+const BUFFER: usize = 512 * 1024;
 /// What the limits allow one pod to make a proxy hold (docs/reference/node-proxy.md), in KiB.
 const BOUND_KIB: u64 = CONNECTIONS * 12 + REQUESTS * 1331 + BUFFERED_KIB;
 
@@ -225,7 +225,7 @@ impl<'a> Beside<'a> {
         }
         let throttled = self.quiet.throttled() - throttled;
         if self.before.is_some() && kinds.contains(&"bodies") {
-            self.expect_small_receive_buffers();
+            self.expect_small_buffers();
         }
         let noise = noise.map(Running::stop::<NoiseReport>).unwrap_or_default();
         println!(
@@ -279,22 +279,24 @@ impl<'a> Beside<'a> {
         }
     }
 
-    /// The kernel does not take in megabytes of what nobody takes.
-    fn expect_small_receive_buffers(&self) {
+    /// The kernel does not hold megabytes of what nobody takes.
+    fn expect_small_buffers(&self) {
         let to_app = format!("dport = :{HTTP}");
         for (pod, sockets) in [("noisy", "sport = :15001"), ("sink", &to_app)] {
             let ss = ["ss", "-tmnH", "state", "established", sockets];
             let listed = self.lab.exec((MESHED, pod), &ss).expect_ok().stdout;
-            let sizes = listed.split("skmem:(").skip(1).map(|memory| {
-                let size = memory.split(',').find_map(|field| field.strip_prefix("rb"));
-                let size = size.and_then(|size| size.parse::<usize>().ok());
-                size.unwrap_or_else(|| panic!("no receive buffer in {memory}"))
-            });
-            let largest = sizes
-                .max()
-                .unwrap_or_else(|| panic!("{pod}: no connection"));
-            println!("  {pod}: {} KiB of receive buffer at most", largest >> 10);
-            assert!(largest <= RECEIVE_BUFFER, "{pod}: {largest} bytes");
+            for (buffer, field) in [("receive", "rb"), ("send", "tb")] {
+                let sizes = listed.split("skmem:(").skip(1).map(|memory| {
+                    let size = memory.split(',').find_map(|f| f.strip_prefix(field));
+                    let size = size.and_then(|size| size.parse::<usize>().ok());
+                    size.unwrap_or_else(|| panic!("no {buffer} buffer in {memory}"))
+                });
+                let largest = sizes
+                    .max()
+                    .unwrap_or_else(|| panic!("{pod}: no connection"));
+                println!("  {pod}: {} KiB of {buffer} buffer at most", largest >> 10);
+                assert!(largest <= BUFFER, "{pod}: {largest} bytes to {buffer}");
+            }
         }
     }
 
@@ -303,10 +305,20 @@ impl<'a> Beside<'a> {
         wait_until("bodies to be given up", GIVEN_UP, || {
             let held = [("resource", "buffered_bytes"), ("namespace", MESHED)];
             let used = NODES.map(|node| self.lab.metrics(node).sum("warren_workload_used", &held));
-            let nothing = used == [0.; NODES.len()];
-            nothing
-                .then_some(())
-                .ok_or(format!("held on {NODES:?}: {used:?} bytes"))
+            if used != [0.; NODES.len()] {
+                return Err(format!("held on {NODES:?}: {used:?} bytes"));
+            }
+            for pod in ["noisy", "sink"] {
+                let ss = ["ss", "-tnH", "state", "fin-wait-1"];
+                let listed = self.lab.exec((MESHED, pod), &ss).expect_ok().stdout;
+                if let Some(first) = listed.lines().next() {
+                    let count = listed.lines().count();
+                    return Err(format!(
+                        "{pod}: the kernel holds {count} connections: {first}"
+                    ));
+                }
+            }
+            Ok(())
         });
     }
 

@@ -24,8 +24,8 @@ use hyper::{Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use serde_json::json;
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use warren_tests::http::{ADMIN, HTTP, RAW};
@@ -179,7 +179,13 @@ async fn serve_http(
     mut ended: watch::Receiver<bool>,
 ) {
     state.connections.fetch_add(1, Ordering::Relaxed);
-    let service = service_fn(|request| answer(Arc::clone(&state), peer, request));
+    let Ok(socket) = SockRef::from(&stream).try_clone() else {
+        eprintln!("a connection could not be watched: out of descriptors?");
+        return;
+    };
+    let socket = Arc::new(socket);
+    let service =
+        service_fn(|request| answer(Arc::clone(&state), peer, Arc::clone(&socket), request));
     let builder = auto::Builder::new(TokioExecutor::new());
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -196,9 +202,23 @@ async fn serve_http(
     }
 }
 
+/// Ends when the connection has failed.
+async fn failed(socket: &Socket) -> std::io::Error {
+    let watched = async {
+        let stream = TcpStream::from_std(socket.try_clone()?.into())?;
+        stream.ready(Interest::ERROR).await?;
+        stream.take_error()
+    };
+    match watched.await {
+        Ok(Some(error)) | Err(error) => error,
+        Ok(None) => std::io::ErrorKind::ConnectionReset.into(),
+    }
+}
+
 async fn answer(
     state: Arc<State>,
     peer: SocketAddr,
+    socket: Arc<Socket>,
     request: Request<Incoming>,
 ) -> Result<Response<BoxBody<Bytes, Error>>, Error> {
     let number = state.requests.fetch_add(1, Ordering::Relaxed);
@@ -238,7 +258,11 @@ async fn answer(
     let mut trailers = BTreeMap::new();
     loop {
         if control.read_ms > 0 && !body.is_end_stream() {
-            tokio::time::sleep(Duration::from_millis(control.read_ms)).await;
+            // Who does not read does not hear of a reset, and would keep what has come.
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(control.read_ms)) => {}
+                reset = failed(&socket) => return Err(reset.into()),
+            }
         }
         let Some(frame) = body.frame().await else {
             break;
