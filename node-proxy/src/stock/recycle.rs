@@ -31,7 +31,8 @@ pub(super) fn reset(socket: &OwnedFd) -> Outcome {
     let reset = sys::disconnect(socket.as_fd())
         // What the last connection died of must not be reported to the next.
         && reference.take_error().is_ok()
-        && reference.set_linger(None).is_ok();
+        && reference.set_linger(None).is_ok()
+        && reference.set_tcp_user_timeout(None).is_ok();
     if reset {
         Outcome::Reset
     } else {

@@ -209,6 +209,29 @@ async fn short_connections_go_round_with_the_same_sockets() {
 }
 
 #[tokio::test]
+async fn a_socket_that_comes_back_has_nothing_of_its_last_connection() {
+    let supply = supply(1000);
+    let stock = stock(&supply, "pod");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    let socket = socket2::SockRef::from(&client);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    socket
+        .set_tcp_user_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    // Both sides finish, the other one first.
+    server.shutdown(std::net::Shutdown::Write).unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    std::io::Read::read_to_end(&mut server, &mut Vec::new()).unwrap();
+    stock.give_back(client.into(), false);
+    let back = take(&stock).await.unwrap();
+    let socket = socket2::SockRef::from(&back);
+    assert_eq!(socket.linger().unwrap(), None);
+    assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+}
+
+#[tokio::test]
 async fn what_is_not_a_finished_connection_is_closed() {
     let supply = supply(1000);
     let stock = stock(&supply, "pod");
