@@ -128,40 +128,48 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ReadsAhead<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
     use std::time::Duration;
 
     use bytes::Bytes;
     use h2::{RecvStream, SendStream};
     use http::{Request, Response};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::watch;
     use tokio::time::timeout;
 
     use super::*;
+    use crate::tcp::CHUNK;
 
-    /// What one end of the connection holds of the other's.
+    /// Bytes between the two ends.
     const PIPE: usize = 4096;
+    /// Bytes that come before anybody pings.
+    const UNDER_WAY: usize = 1 << 20;
 
-    /// Sends without end, and reads what comes without end.
-    async fn flood(mut to: SendStream<Bytes>, mut from: RecvStream) {
+    /// Sends without end, and reads what comes without end. `came`: how much did.
+    async fn flood(mut to: SendStream<Bytes>, mut from: RecvStream, came: watch::Sender<usize>) {
         let sending = async {
             let data = Bytes::from_static(&[7; 16 * 1024]);
             loop {
                 to.reserve_capacity(data.len());
-                while to.capacity() < data.len() {
-                    let more = std::future::poll_fn(|cx| to.poll_capacity(cx)).await;
-                    more.unwrap().unwrap();
-                }
-                to.send_data(data.clone(), false).unwrap();
+                let more = poll_fn(|cx| to.poll_capacity(cx)).await;
+                let now = more.unwrap().unwrap().min(data.len());
+                to.send_data(data.slice(..now), false).unwrap();
             }
         };
         let reading = async {
             while let Some(data) = from.data().await {
-                let _ = from.flow_control().release_capacity(data.unwrap().len());
+                let length = data.unwrap().len();
+                from.flow_control().release_capacity(length).unwrap();
+                came.send_modify(|came| *came += length);
             }
         };
         tokio::join!(sending, reading);
     }
 
-    async fn pings(mut ping: h2::PingPong) {
+    async fn pings(mut ping: h2::PingPong, came: watch::Sender<usize>) {
+        let mut came = came.subscribe();
+        came.wait_for(|came| *came > UNDER_WAY).await.unwrap();
         for _ in 0..50 {
             ping.ping(h2::Ping::opaque()).await.unwrap();
         }
@@ -172,12 +180,12 @@ mod tests {
         let (near, far) = tokio::io::duplex(PIPE);
         tokio::spawn(async move {
             let mut server = h2::server::handshake(ReadsAhead::new(far)).await.unwrap();
-            let ping = server.ping_pong().unwrap();
-            tokio::spawn(pings(ping));
+            let came = watch::Sender::new(0);
+            tokio::spawn(pings(server.ping_pong().unwrap(), came.clone()));
             while let Some(accepted) = server.accept().await {
                 let (request, mut respond) = accepted.unwrap();
                 let to = respond.send_response(Response::new(()), false).unwrap();
-                tokio::spawn(flood(to, request.into_body()));
+                tokio::spawn(flood(to, request.into_body(), came.clone()));
             }
         });
         let (send, mut connection) = h2::client::handshake(ReadsAhead::new(near)).await.unwrap();
@@ -185,8 +193,36 @@ mod tests {
         tokio::spawn(async move { connection.await.unwrap() });
         let mut send = send.ready().await.unwrap();
         let (response, to) = send.send_request(Request::new(()), false).unwrap();
-        tokio::spawn(async move { flood(to, response.await.unwrap().into_body()).await });
-        let pinged = timeout(Duration::from_secs(60), pings(ping)).await;
+        let came = watch::Sender::new(0);
+        let told = came.clone();
+        tokio::spawn(async move { flood(to, response.await.unwrap().into_body(), told).await });
+        let pinged = timeout(Duration::from_secs(60), pings(ping, came)).await;
         pinged.expect("the connection stands still");
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_in_is_bounded_and_comes_in_order() {
+        let (near, mut far) = tokio::io::duplex(PIPE);
+        let mut near = ReadsAhead::new(near);
+        let sent: Vec<u8> = (0..2 * MOST).map(|at| (at % 251) as u8).collect();
+        let expected = sent.clone();
+        let sending = tokio::spawn(async move { far.write_all(&sent).await.unwrap() });
+        let full = poll_fn(|cx| {
+            while Pin::new(&mut near).poll_write(cx, &[0; PIPE]).is_ready() {}
+            if near.ahead.len() < MOST {
+                return Poll::Pending;
+            }
+            Poll::Ready(near.ahead.len())
+        });
+        assert!(full.await < MOST + CHUNK);
+        let mut came = Vec::new();
+        near.read_to_end(&mut came).await.unwrap();
+        assert!(
+            came == expected,
+            "{} bytes of {}",
+            came.len(),
+            expected.len()
+        );
+        sending.await.unwrap();
     }
 }
