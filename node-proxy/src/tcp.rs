@@ -23,6 +23,10 @@ use crate::budget::Charge;
 use crate::telemetry::Meter;
 use crate::turns::pause;
 
+mod ending;
+
+pub use ending::{Ending, QuietHalf};
+
 /// Size of a thread's scratch buffer: what one read takes at most.
 pub const CHUNK: usize = 64 * 1024;
 
@@ -30,8 +34,8 @@ pub const CHUNK: usize = 64 * 1024;
 /// own use.
 const BUFFER: usize = 256 * 1024;
 
-/// How long the kernel keeps what a peer does not take of a connection that nobody holds any more. It would take some
-/// three minutes otherwise (`net.ipv4.tcp_orphan_retries`), with memory that no account knows of.
+/// How long the kernel keeps what an app does not take of a request that was given up. It would take some three minutes
+/// otherwise (`net.ipv4.tcp_orphan_retries`), with memory that no account knows of.
 const LAST_BYTES: Duration = Duration::from_secs(30);
 
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
@@ -80,43 +84,8 @@ pub fn reset_on_close(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// The writing side of a connection on which not all was sent that had to be. Dropped, it makes the end of the
-/// connection a reset: the receiver must not take what it got for the whole, and what it does not read is not kept
-/// for it.
-#[derive(Debug)]
-pub struct Unfinished<T: AsRef<TcpStream>>(Option<T>);
-
-impl<T: AsRef<TcpStream>> Unfinished<T> {
-    /// Until [`Self::finished`].
-    pub fn new(to: T) -> Self {
-        Self(Some(to))
-    }
-
-    /// All was sent.
-    pub fn finished(mut self) -> Option<T> {
-        self.0.take()
-    }
-}
-
-impl<T: AsRef<TcpStream>> std::ops::Deref for Unfinished<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        self.0
-            .as_ref()
-            .expect("taken only by what consumes the value")
-    }
-}
-
-impl<T: AsRef<TcpStream>> Drop for Unfinished<T> {
-    fn drop(&mut self) {
-        if let Some(to) = &self.0 {
-            reset_on_close(to.as_ref());
-        }
-    }
-}
-
-/// Bounds how long the kernel goes on with a connection that is about to be closed, while its peer takes nothing.
+/// Bounds how long the kernel keeps what it was given for a connection that is about to be closed. Only for what nobody
+/// waits for any more: who has taken nothing for [`LAST_BYTES`], before and after, loses the rest.
 pub fn let_go(stream: &TcpStream) {
     // A socket that is already gone has nothing left to send.
     let _ = SockRef::from(stream).set_tcp_user_timeout(Some(LAST_BYTES));
@@ -160,11 +129,9 @@ pub async fn relay(
         pump(from_source, to_destination.as_ref(), sent, up),
         pump(from_destination, to_source.as_ref(), received, down)
     );
-    for socket in [source, destination] {
-        match result {
-            Ok(_) => let_go(socket),
-            Err(_) => reset_on_close(socket),
-        }
+    if result.is_err() {
+        reset_on_close(source);
+        reset_on_close(destination);
     }
     result.map(|_| ())
 }

@@ -322,6 +322,19 @@ impl<'a> Beside<'a> {
         });
     }
 
+    /// No connection is left that was closed and whose bytes nobody takes.
+    fn kernel_holds_nothing(&self) -> Result<(), String> {
+        for pod in ["noisy", "sink"] {
+            let ss = ["ss", "-tnH", "state", "fin-wait-1"];
+            let listed = self.lab.exec((MESHED, pod), &ss).expect_ok().stdout;
+            if let Some(first) = listed.lines().next() {
+                let count = listed.lines().count();
+                return Err(format!("{pod}: {count} connections, {first} the first"));
+            }
+        }
+        Ok(())
+    }
+
     fn memory_comes_back(&self, before: [(u64, u64); 2]) {
         wait_until("memory to come back", COMES_BACK, || {
             for (node, (before, _)) in NODES.iter().zip(before) {
@@ -336,7 +349,7 @@ impl<'a> Beside<'a> {
                     return Err(format!("{node}: {used} bytes are still charged"));
                 }
             }
-            Ok(())
+            self.kernel_holds_nothing()
         });
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -230,9 +231,9 @@ fn start_daemon(name: &LabName, paths: &Paths) -> Result<Child> {
     Ok(child)
 }
 
-/// The daemon listens once the network is there.
+/// The daemon listens once the network is there; its socket's file is there a moment before.
 fn await_socket(name: &LabName, paths: &Paths, daemon: &mut Child) -> Result<()> {
-    while !paths.socket().exists() {
+    while UnixStream::connect(paths.socket()).is_err() {
         if let Ok(Some(status)) = daemon.try_wait() {
             let log = std::fs::read_to_string(paths.daemon_log()).unwrap_or_default();
             let end: Vec<&str> = log.lines().rev().take(5).collect();

@@ -21,7 +21,7 @@ use super::apps::Holding;
 use super::body::{Body, BodyError, Held, Passing};
 use super::h1;
 use crate::budget::Account;
-use crate::tcp::{Unfinished, failed, finish_writing, write_some};
+use crate::tcp::{Ending, QuietHalf, failed, finish_writing, reset_on_close, write_some};
 
 /// Extension of an answer after which the connection carries raw bytes.
 #[derive(Clone)]
@@ -154,7 +154,7 @@ async fn write_body(
     to: OwnedWriteHalf,
     account: Option<&Arc<Account>>,
 ) -> io::Result<()> {
-    let to = Unfinished::new(to);
+    let to = Ending::new(QuietHalf::new(to), reset_on_close);
     loop {
         let frame = tokio::select! {
             biased;
@@ -172,7 +172,7 @@ async fn write_body(
             if data.is_empty() {
                 break;
             }
-            let held = body.hold(account, data.len(), to.writable()).await;
+            let held = body.hold(account, data.len(), to.as_ref().writable()).await;
             held.map_err(io::Error::other)??;
         }
     }
@@ -295,6 +295,25 @@ mod tests {
         app.shutdown().await.unwrap();
         relaying.await.unwrap().unwrap();
         assert_eq!(Arc::strong_count(&guard), 1);
+    }
+
+    #[tokio::test]
+    async fn a_reset_reaches_an_app_that_reads() {
+        let (client, served) = pair().await;
+        let (proxy, mut app) = pair().await;
+        let upgraded = Upgraded::raw(h1::Raw {
+            stream: proxy,
+            ahead: Bytes::new(),
+            holding: None,
+        });
+        let account = Account::new("demo".into(), "web".into(), &Limits::default());
+        let reading = tokio::spawn(async move { app.read_to_end(&mut Vec::new()).await });
+        crate::tcp::reset_on_close(&client);
+        drop(client);
+        let relayed = upgraded.relay(served, Bytes::new(), &account).await;
+        relayed.unwrap_err();
+        let heard = reading.await.unwrap();
+        assert_eq!(heard.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 
     #[tokio::test]

@@ -8,8 +8,10 @@
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
+use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::tcp::with_scratch;
@@ -18,34 +20,90 @@ use crate::tcp::with_scratch;
 /// a window when a sixteenth of its receive buffer is: 1.3 and 2 MiB of the largest there are by default
 /// (`net.ipv4.tcp_wmem`, `net.ipv4.tcp_rmem`).
 const MOST: usize = 4 << 20;
+/// Of all connections of the process. Beyond, a tunnel that stands still is found by its keepalive.
+const MOST_OF_ALL: usize = 64 << 20;
+/// What is taken in before others on the thread work.
+const PIECE: usize = 64 * 1024;
+
+static ALL: AtomicUsize = AtomicUsize::new(0);
 
 /// Reads ahead while a write waits.
 #[derive(Debug)]
 pub struct ReadsAhead<T> {
     io: T,
-    ahead: VecDeque<u8>,
+    ahead: VecDeque<Bytes>,
+    /// Bytes of `ahead`, and of all connections.
+    length: usize,
+    all: &'static AtomicUsize,
     /// The stream has ended, or failed, behind what is ahead.
     end: Option<io::Result<()>>,
 }
 
-impl<T: AsyncRead + Unpin> ReadsAhead<T> {
+impl<T> ReadsAhead<T> {
     /// Nothing is ahead yet.
     pub fn new(io: T) -> Self {
+        Self::counted(io, &ALL)
+    }
+
+    fn counted(io: T, all: &'static AtomicUsize) -> Self {
         Self {
             io,
             ahead: VecDeque::new(),
+            length: 0,
+            all,
             end: None,
         }
     }
 
+    fn put(&mut self, bytes: &[u8]) {
+        self.ahead.push_back(Bytes::copy_from_slice(bytes));
+        self.length += bytes.len();
+        self.all.fetch_add(bytes.len(), Ordering::Relaxed);
+    }
+
+    /// As much of what is ahead as there is room for. `false`: nothing is.
+    fn take(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
+        let Some(first) = self.ahead.front_mut() else {
+            return false;
+        };
+        let length = first.len().min(buffer.remaining());
+        buffer.put_slice(&first[..length]);
+        first.advance(length);
+        if first.is_empty() {
+            self.ahead.pop_front();
+        }
+        self.length -= length;
+        self.all.fetch_sub(length, Ordering::Relaxed);
+        true
+    }
+}
+
+impl<T> Drop for ReadsAhead<T> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.length, Ordering::Relaxed);
+    }
+}
+
+impl<T: AsyncRead + Unpin> ReadsAhead<T> {
     /// To be called when a write waits: the task is woken for what comes, too.
     fn take_in(&mut self, cx: &mut Context<'_>) {
-        while self.end.is_none() && self.ahead.len() < MOST {
+        let before = self.length;
+        while self.end.is_none()
+            && self.length < MOST
+            && self.all.load(Ordering::Relaxed) < MOST_OF_ALL
+        {
+            if self.length - before >= PIECE {
+                // The write still waits when the task goes on.
+                return cx.waker().wake_by_ref();
+            }
             let read = with_scratch(|scratch| {
                 let mut buffer = ReadBuf::new(scratch);
                 let read = Pin::new(&mut self.io).poll_read(cx, &mut buffer);
-                self.ahead.extend(buffer.filled());
-                read.map_ok(|()| buffer.filled().len())
+                let filled = buffer.filled();
+                if !filled.is_empty() {
+                    self.put(filled);
+                }
+                read.map_ok(|()| filled.len())
             });
             match read {
                 Poll::Ready(Ok(0)) => self.end = Some(Ok(())),
@@ -64,14 +122,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for ReadsAhead<T> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if !this.ahead.is_empty() {
-            let (first, _) = this.ahead.as_slices();
-            let length = first.len().min(buffer.remaining());
-            buffer.put_slice(&first[..length]);
-            this.ahead.drain(..length);
-            if this.ahead.is_empty() {
-                this.ahead = VecDeque::new();
-            }
+        if this.take(buffer) {
             return Poll::Ready(Ok(()));
         }
         match this.end.take() {
@@ -200,29 +251,67 @@ mod tests {
         pinged.expect("the connection stands still");
     }
 
+    /// Writes until nothing is taken in any more. How much was.
+    async fn blocked<T>(near: &mut ReadsAhead<T>) -> usize
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let mut quiet = 0;
+        while quiet < 100 {
+            let before = near.length;
+            poll_fn(|cx| {
+                while Pin::new(&mut *near).poll_write(cx, &[0; PIPE]).is_ready() {}
+                Poll::Ready(())
+            })
+            .await;
+            quiet = if near.length == before { quiet + 1 } else { 0 };
+            tokio::task::yield_now().await;
+        }
+        near.length
+    }
+
     #[tokio::test]
     async fn what_is_taken_in_is_bounded_and_comes_in_order() {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
         let (near, mut far) = tokio::io::duplex(PIPE);
-        let mut near = ReadsAhead::new(near);
+        let mut near = ReadsAhead::counted(near, &COUNT);
         let sent: Vec<u8> = (0..2 * MOST).map(|at| (at % 251) as u8).collect();
         let expected = sent.clone();
         let sending = tokio::spawn(async move { far.write_all(&sent).await.unwrap() });
-        let full = poll_fn(|cx| {
-            while Pin::new(&mut near).poll_write(cx, &[0; PIPE]).is_ready() {}
-            if near.ahead.len() < MOST {
-                return Poll::Pending;
-            }
-            Poll::Ready(near.ahead.len())
-        });
-        assert!(full.await < MOST + CHUNK);
+        let ahead = blocked(&mut near).await;
+        assert!((MOST..MOST + CHUNK).contains(&ahead), "{ahead} bytes");
+        assert_eq!(COUNT.load(Ordering::Relaxed), ahead);
         let mut came = Vec::new();
         near.read_to_end(&mut came).await.unwrap();
-        assert!(
-            came == expected,
-            "{} bytes of {}",
-            came.len(),
-            expected.len()
-        );
+        assert!(came == expected, "{} bytes", came.len());
+        assert_eq!(COUNT.load(Ordering::Relaxed), 0);
         sending.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_end_comes_behind_what_was_taken_in() {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let (near, mut far) = tokio::io::duplex(PIPE);
+        let mut near = ReadsAhead::counted(near, &COUNT);
+        far.write_all(b"last words").await.unwrap();
+        far.shutdown().await.unwrap();
+        assert_eq!(blocked(&mut near).await, 10);
+        let mut came = String::new();
+        near.read_to_string(&mut came).await.unwrap();
+        assert_eq!(came, "last words");
+        assert_eq!(near.read(&mut [0; 10]).await.unwrap(), 0, "for ever after");
+    }
+
+    #[tokio::test]
+    async fn all_connections_together_are_bounded_too() {
+        static COUNT: AtomicUsize = AtomicUsize::new(MOST_OF_ALL - 5);
+        let (near, mut far) = tokio::io::duplex(PIPE);
+        let mut near = ReadsAhead::counted(near, &COUNT);
+        far.write_all(b"one piece").await.unwrap();
+        assert_eq!(blocked(&mut near).await, 9);
+        far.write_all(b"another").await.unwrap();
+        assert_eq!(blocked(&mut near).await, 9);
+        drop(near);
+        assert_eq!(COUNT.load(Ordering::Relaxed), MOST_OF_ALL - 5);
     }
 }

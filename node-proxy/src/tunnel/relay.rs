@@ -18,7 +18,7 @@ use tokio_util::io::poll_read_buf;
 
 use super::{ABORT, FULL_FRAME};
 use crate::budget::Charge;
-use crate::tcp::{Broken, failed, finish_writing, let_go, poll_read, reset_on_close, write_some};
+use crate::tcp::{Broken, failed, finish_writing, poll_read, reset_on_close, write_some};
 use crate::telemetry::Meter;
 use crate::turns::pause;
 
@@ -43,12 +43,9 @@ pub async fn relay(
         into_tunnel(from_socket, send, to_tunnel, up),
         out_of_tunnel(receive, to_socket.as_ref(), from_tunnel, down)
     );
-    match result {
-        Ok(_) => let_go(socket),
-        Err(_) => {
-            reset_on_close(socket);
-            send.send_reset(ABORT);
-        }
+    if result.is_err() {
+        reset_on_close(socket);
+        send.send_reset(ABORT);
     }
     result.map(|_| ())
 }

@@ -25,7 +25,7 @@ use super::{Limits, Refused};
 use crate::http::BoxedRequest;
 use crate::http::apps::Holding;
 use crate::http::body::{Body, BodyError};
-use crate::tcp;
+use crate::tcp::{self, Ending};
 
 use self::upload::{Running, Uploaded, stream, upload};
 
@@ -156,7 +156,7 @@ impl Client {
     }
 
     async fn exchange(
-        mut self,
+        self,
         parts: &mut request::Parts,
         mut body: Body,
         home: Option<Home>,
@@ -164,24 +164,28 @@ impl Client {
     ) -> Result<Response<Body>, SendError> {
         // Not taken apart: each part would be held twice while the answer is waited for.
         let (head, framing) = encode_request(parts, &body);
+        // Until there is an answer somebody may give up.
+        let mut reader = Ending::new(self.reader, tcp::let_go);
         let (read, sent) = match framing {
             // What fits into the socket's buffer needs nobody to read it.
             Some(framing) if body.as_full().is_none_or(|full| full.len() > SMALL) => {
                 let upload = upload(self.writer, head, body, framing, parts);
-                let (reader, limits) = (&mut self.reader, &self.limits);
-                Box::pin(stream(reader, limits, parts, upload, progress)).await?
+                let limits = &self.limits;
+                Box::pin(stream(&mut reader, limits, parts, upload, progress)).await?
             }
             framing => {
                 let framing = framing.unwrap_or(Framing::Length(0));
-                let written = self.writer.message(head, &mut body, framing, None).await;
+                let writer = Ending::new(self.writer, tcp::reset_on_close);
+                let written = writer.message(head, &mut body, framing, None).await;
                 drop(body);
+                let sent = match &written {
+                    Ok(()) => Sent::Whole(writer.finished()),
+                    Err(_) => Sent::Part { _writer: writer },
+                };
                 // An app that answers without reading may have closed: its answer is read all the same.
                 progress.failed = written.err();
-                let reusable = progress.failed.is_none();
-                let (reader, limits) = (&mut self.reader, &self.limits);
-                let read = read_head(reader, limits, parts, None, progress).await;
-                let writer = self.writer;
-                (read, Sent::Here { writer, reusable })
+                let read = read_head(&mut reader, &self.limits, parts, None, progress).await;
+                (read, sent)
             }
         };
         let head = progress.blame(read)?;
@@ -192,7 +196,7 @@ impl Client {
             home: home.filter(|_| head.keep_alive),
             sent,
         };
-        returning.answer(self.reader, parts, head)
+        returning.answer(reader.finished(), parts, head)
     }
 
     /// Whether the connection is as it was left: open, and nothing came that nobody asked for.
@@ -224,8 +228,10 @@ impl std::fmt::Debug for Returning {
 
 /// Where the writer is.
 enum Sent {
-    /// The request is out, whole if the connection can be used again.
-    Here { writer: Writer, reusable: bool },
+    /// The request is out.
+    Whole(Writer),
+    /// It is not, and never will be.
+    Part { _writer: Ending<Writer> },
     /// With the body of the request.
     Upload(Arc<Mutex<Uploaded>>, Option<Running>),
 }
@@ -304,7 +310,8 @@ impl Sent {
     /// The writer, if the request is out whole. A body that is still on its way may go on for a while.
     fn into_writer(self) -> Option<Writer> {
         match self {
-            Self::Here { writer, reusable } => reusable.then_some(writer),
+            Self::Whole(writer) => Some(writer),
+            Self::Part { .. } => None,
             Self::Upload(uploaded, running) => {
                 let writer = uploaded.lock().take_writer();
                 if writer.is_none()

@@ -19,7 +19,7 @@ use super::encode;
 use super::head::Framing;
 use crate::budget::Account;
 use crate::http::body::{Body, BodyError};
-use crate::tcp;
+use crate::tcp::QuietHalf;
 
 /// Data up to this size is copied behind what waits to be written.
 pub(super) const SMALL: usize = 16 * 1024;
@@ -45,20 +45,11 @@ impl From<io::Error> for Failure {
 /// was asked for.
 #[derive(Debug)]
 pub(super) struct Writer {
-    io: Option<OwnedWriteHalf>,
+    io: QuietHalf,
     /// How long the receiver may take nothing. None: for ever.
     stall: Option<Duration>,
     /// Whom what waits for the receiver is charged to.
     account: Option<Arc<Account>>,
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if let Some(io) = self.io.take() {
-            tcp::let_go(io.as_ref());
-            io.forget();
-        }
-    }
 }
 
 impl AsRef<TcpStream> for Writer {
@@ -74,7 +65,7 @@ impl Writer {
         account: Option<Arc<Account>>,
     ) -> Self {
         Self {
-            io: Some(io),
+            io: QuietHalf::new(io),
             stall,
             account,
         }
@@ -85,16 +76,12 @@ impl Writer {
     }
 
     pub(super) fn socket(&self) -> &TcpStream {
-        // Taken only by what consumes the value.
-        self.io
-            .as_ref()
-            .expect("a writer has its socket until it is consumed")
-            .as_ref()
+        self.io.as_ref()
     }
 
     /// The socket with the half that reads. None if they are not of one.
-    pub(super) fn reunite(mut self, read: OwnedReadHalf) -> Option<TcpStream> {
-        read.reunite(self.io.take()?).ok()
+    pub(super) fn reunite(self, read: OwnedReadHalf) -> Option<TcpStream> {
+        self.io.reunite(read)
     }
 
     /// Writes `head`, then all of `body`.

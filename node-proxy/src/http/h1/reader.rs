@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio_util::io::poll_read_buf;
 
@@ -22,6 +23,12 @@ pub(super) struct Reader {
     buffer: BytesMut,
     eof: bool,
     bulk: bool,
+}
+
+impl AsRef<TcpStream> for Reader {
+    fn as_ref(&self) -> &TcpStream {
+        self.io.as_ref()
+    }
 }
 
 impl Reader {

@@ -109,10 +109,13 @@ impl Tunnel {
                 let (sends, writing) = upgrade::split(raw, follows);
                 let sends = wire::pack(self.peer.large_heads, &mut parts.headers, sends);
                 let response = Response::from_parts(parts, sends);
-                // Either direction may end before the other. Boxed: few requests need it.
-                let sending = connection::send(response, respond, account);
-                let (_, written) = Box::pin(async { tokio::join!(sending, writing) }).await;
-                if let Err(error) = written {
+                // Either direction may end before the other; what breaks one ends both. Boxed: few requests need it.
+                let sending = async {
+                    connection::send(response, respond, account).await;
+                    Ok(())
+                };
+                let both = Box::pin(async { tokio::try_join!(sending, writing) });
+                if let Err(error) = both.await {
                     tracing::debug!(pod = %pod.uid, %error, "upgraded connection ended");
                 }
             }

@@ -16,7 +16,7 @@ use crate::http::h1::case::HeaderCase;
 use crate::http::h1::head::Framing;
 use crate::http::h1::outgoing::{Failure, Writer};
 use crate::http::h1::reader::Reader;
-use crate::tcp::{self, Unfinished};
+use crate::tcp::{self, Ending};
 
 /// How long a request that expects a 100 is held back without one (RFC 9110 10.1.1).
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub(super) struct Uploaded {
     /// Of a request that is out whole.
     writer: Option<Writer>,
     /// Of one that is not.
-    broken: Option<Unfinished<Writer>>,
+    broken: Option<Ending<Writer>>,
     /// None: under way.
     result: Option<Result<(), Failure>>,
 }
@@ -92,31 +92,28 @@ pub(super) fn upload(
     let uploaded = Arc::new(Mutex::new(Uploaded::default()));
     let left = Arc::clone(&uploaded);
     let task = async move {
+        let writer = Ending::new(writer, tcp::reset_on_close);
         let wanted = match asked {
-            None => Ok(()),
+            None => Ok(true),
             Some(asked) => match writer.all(&std::mem::take(&mut head)).await {
-                Ok(()) => match timeout(CONTINUE_WAIT, asked).await {
-                    Ok(Ok(())) | Err(_) => Ok(()),
-                    // The final answer came first: the app does not want the body.
-                    Ok(Err(_)) => Err(Failure::Stalled),
-                },
+                // The final answer may come first: the app does not want the body.
+                Ok(()) => Ok(!matches!(timeout(CONTINUE_WAIT, asked).await, Ok(Err(_)))),
                 Err(failure) => Err(failure),
             },
         };
+        let declined = matches!(wanted, Ok(false));
         let result = match wanted {
-            Ok(()) => {
-                let writer = Unfinished::new(writer);
-                let result = writer.message(head, &mut body, framing, case).await;
-                let mut left = left.lock();
-                match result {
-                    Ok(()) => left.writer = writer.finished(),
-                    Err(_) => left.broken = Some(writer),
-                }
-                result
-            }
+            Ok(true) => writer.message(head, &mut body, framing, case).await,
+            Ok(false) => Err(Failure::Stalled),
             Err(failure) => Err(failure),
         };
-        left.lock().result = Some(result);
+        let mut left = left.lock();
+        match result {
+            Ok(()) => left.writer = Some(writer.finished()),
+            Err(_) if declined => drop(writer.finished()),
+            Err(_) => left.broken = Some(writer),
+        }
+        left.result = Some(result);
     };
     Upload { task, go, uploaded }
 }

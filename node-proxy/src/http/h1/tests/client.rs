@@ -362,42 +362,45 @@ async fn a_request_whose_body_fails_is_not_taken_for_whole() {
     assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
-/// Sends to an app that does not answer until the app's side holds something, and gives up. How the app finds the end.
-async fn given_up(body: Body) -> io::Result<usize> {
+/// Sends to an app that does not answer, and gives up when the app has something to read. How the app finds the end,
+/// and how long the kernel would have gone on.
+async fn given_up(request: Request<Body>) -> (io::Result<usize>, Option<Duration>) {
     let (mut app, stream) = pair().await;
+    let socket = socket2::SockRef::from(&stream).try_clone().unwrap();
     let (client, home, _back) = client(stream);
-    let mut sending = Box::pin(client.send(post(body).into(), Some(home)));
+    let mut sending = Box::pin(client.send(request.into(), Some(home)));
     tokio::select! {
         _ = &mut sending => unreachable!("nobody answers"),
         readable = app.readable() => readable.unwrap(),
     }
     assert!(futures::poll!(&mut sending).is_pending());
     drop(sending);
-    app.read_to_end(&mut Vec::new()).await
+    let patience = socket.tcp_user_timeout().unwrap();
+    drop(socket);
+    (app.read_to_end(&mut Vec::new()).await, patience)
 }
 
 #[tokio::test]
 async fn a_request_that_is_given_up_is_cut_off_unless_it_is_out_whole() {
-    let large = given_up(Body::full(vec![b'x'; 64 << 20])).await;
-    assert_eq!(large.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     let (feed, endless) = fed();
     feed.send(b"some").await.unwrap();
-    let streamed = given_up(endless).await;
-    assert_eq!(streamed.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-    let whole = given_up(Body::full(&b"all there is"[..])).await;
-    assert!(whole.unwrap() > 12, "the app may act on what it has");
-}
-
-#[tokio::test]
-async fn what_an_app_does_not_take_is_not_kept_for_long() {
-    let (app, stream) = pair().await;
-    let kept = socket2::SockRef::from(&stream).try_clone().unwrap();
-    let (client, _home, _back) = client(stream);
-    assert_eq!(kept.tcp_user_timeout().unwrap(), None);
-    drop(client);
-    let left = kept.tcp_user_timeout().unwrap();
-    assert_eq!(left, Some(Duration::from_secs(30)));
-    drop(app);
+    let (feed, asked_for) = fed();
+    feed.send(b"some").await.unwrap();
+    let mut expecting = post(asked_for);
+    let expect = HeaderValue::from_static("100-continue");
+    expecting.headers_mut().insert("expect", expect);
+    for (what, request) in [
+        ("large", post(Body::full(vec![b'x'; 64 << 20]))),
+        ("endless", post(endless)),
+        ("held back", expecting),
+    ] {
+        let (heard, _) = given_up(request).await;
+        let error = heard.expect_err(what);
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{what}");
+    }
+    let (heard, patience) = given_up(post(Body::full(&b"all there is"[..]))).await;
+    assert!(heard.unwrap() > 12, "the app may act on what it has");
+    assert_eq!(patience, Some(Duration::from_secs(30)));
 }
 
 #[tokio::test]
