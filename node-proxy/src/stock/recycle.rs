@@ -21,7 +21,7 @@ pub(super) enum Outcome {
 /// socket that both sides have finished, or that was reset, is in state CLOSE; `connect(AF_UNSPEC)` drops
 /// its addresses; the port is let go because it was chosen by the kernel; mark, `IP_TRANSPARENT` and
 /// `IP_BIND_ADDRESS_NO_PORT` stay. Sizes of its buffers that were set stay, too, until they are unlocked, which Linux can since
-/// 5.14: before, no socket is used again.
+/// 5.15: before, no socket is used again.
 pub(super) fn reset(socket: &OwnedFd) -> Outcome {
     match sys::state(socket.as_fd()) {
         Some(TCP_CLOSE) => {}
