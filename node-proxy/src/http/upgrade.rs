@@ -297,16 +297,21 @@ mod tests {
         assert_eq!(Arc::strong_count(&guard), 1);
     }
 
-    #[tokio::test]
-    async fn a_reset_reaches_an_app_that_reads() {
-        let (client, served) = pair().await;
-        let (proxy, mut app) = pair().await;
+    fn upgraded(app: TcpStream) -> (Upgraded, Arc<Account>) {
         let upgraded = Upgraded::raw(h1::Raw {
-            stream: proxy,
+            stream: app,
             ahead: Bytes::new(),
             holding: None,
         });
         let account = Account::new("demo".into(), "web".into(), &Limits::default());
+        (upgraded, account)
+    }
+
+    #[tokio::test]
+    async fn a_reset_reaches_an_app_that_reads() {
+        let (client, served) = pair().await;
+        let (proxy, mut app) = pair().await;
+        let (upgraded, account) = upgraded(proxy);
         let reading = tokio::spawn(async move { app.read_to_end(&mut Vec::new()).await });
         crate::tcp::reset_on_close(&client);
         drop(client);
@@ -320,12 +325,7 @@ mod tests {
     async fn a_reset_is_noticed_while_the_app_takes_nothing() {
         let (client, served) = pair().await;
         let (proxy, mut app) = pair().await;
-        let upgraded = Upgraded::raw(h1::Raw {
-            stream: proxy,
-            ahead: Bytes::new(),
-            holding: None,
-        });
-        let account = Account::new("demo".into(), "web".into(), &Limits::default());
+        let (upgraded, account) = upgraded(proxy);
         let leaving = async {
             crate::tcp::tests::fill(&client).await;
             crate::tcp::reset_on_close(&client);
