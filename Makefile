@@ -1,6 +1,6 @@
 # What a person types. Every target installs what it needs and is missing (scripts/install-deps.sh).
 # Everything is built with the release profile, so that the lab, the tests and CI compile once and
-# run the same code; only the benches use `dist`, the profile of container images. And everything is
+# run the same code; what measures runs what container images have (scripts/build-dist.sh). And everything is
 # selected by `--workspace`: with `-p` cargo may choose other features, and compiles dependencies again.
 
 SHELL := bash
@@ -15,6 +15,10 @@ help: ## this list
 build: ## all programs, target/release/
 	@scripts/install-deps.sh build
 	cargo build --release $(PROGRAMS)
+
+dist: ## the programs as container images have them, optimized with a profile, target/dist/ (root; some 25 minutes the first time)
+	@scripts/install-deps.sh build lab dist
+	scripts/build-dist.sh
 
 lab: ## a demo mesh on this machine: builds, starts it, sends traffic, verifies, leaves it running (root)
 	@scripts/install-deps.sh build lab
@@ -42,6 +46,7 @@ test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
 test-long: ## soaks, scale, outages on Kubernetes, the whole bench (root; an hour or two on an idle machine)
 	@scripts/install-deps.sh build lab test bench kube
 	cargo build --release $(PROGRAMS)
+	$(MAKE) dist
 	WARREN_TEST_LONG=1 scripts/run-tests.sh mesh
 	tests/kube/run-tests long
 	$(MAKE) bench
@@ -52,8 +57,8 @@ test-kube: ## on a real Kubernetes cluster of this machine (root; the first time
 	tests/kube/run-tests
 
 bench: ## side by side: direct, Warren, Envoy; then bench-fleet; tables on the screen, JSON in target/bench/ (root)
-	@scripts/install-deps.sh build lab bench
-	cargo build --profile dist $(addprefix -p ,warren warren-cni warren-controller warren-node-proxy warren-benches)
+	@scripts/install-deps.sh bench
+	$(MAKE) dist
 	target/dist/warren-bench run $(BENCH_ARGS)
 	target/dist/warren-bench fleet $(FLEET_ARGS)
 
@@ -96,4 +101,4 @@ doc: ## API documentation, warnings denied
 	@scripts/install-deps.sh build
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items
 
-.PHONY: help build lab lab-down clean-lab check test test-long test-kube bench bench-fleet bench-micro bench-smoke charts fuzz fuzz-smoke deny doc
+.PHONY: help build dist lab lab-down clean-lab check test test-long test-kube bench bench-fleet bench-micro bench-smoke charts fuzz fuzz-smoke deny doc

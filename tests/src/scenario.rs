@@ -105,6 +105,27 @@ impl Scenario {
 
 /// A program of this workspace: beside the tests' own target directory, or in `WARREN_BIN_DIR`.
 pub fn binary(name: &str) -> PathBuf {
+    let path = directory().join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: cargo build --release --workspace --bins, or set WARREN_BIN_DIR",
+        path.display()
+    );
+    path
+}
+
+/// The directory of the mesh's programs as images have them, which is beside that of the others: for tests that measure.
+pub fn dist() -> PathBuf {
+    let path = directory().with_file_name("dist");
+    assert!(
+        path.join("warren-node-proxy").exists(),
+        "{} has no programs as images have them: make dist",
+        path.display()
+    );
+    path
+}
+
+fn directory() -> PathBuf {
     let directory = std::env::var_os("WARREN_BIN_DIR")
         .map(PathBuf::from)
         .or_else(|| {
@@ -114,13 +135,7 @@ pub fn binary(name: &str) -> PathBuf {
             let deps = parent.file_name().is_some_and(|n| n == "deps");
             Some(if deps { parent.parent()? } else { parent }.to_path_buf())
         });
-    let path = directory.expect("a test has a path").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: cargo build --release --workspace --bins, or set WARREN_BIN_DIR",
-        path.display()
-    );
-    path
+    directory.expect("a test has a path")
 }
 
 fn lock() -> Flock<File> {

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The programs as container images have them: target/dist/. The node proxy is compiled with a profile of itself under
+# load (profile-guided optimization), which takes some 15 % of the time of a request from it.
+#
+#   scripts/build-dist.sh            (root: the load runs in the lab; some 25 minutes the first time on two cores)
+#   PROFILE=none scripts/build-dist.sh        without a profile, and without root
+#
+# The profile is made anew when the proxy's sources, its dependencies or the compiler have changed. It is of the compiler's
+# version: target/pgo/node-proxy-VERSION.profdata, where deploy/containers/node-proxy.Containerfile looks for it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export CARGO_INCREMENTAL=0
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+pgo=$target/pgo
+version=$(rustc --version | cut -d' ' -f2)
+profile=$pgo/node-proxy-$version.profdata
+# The proxies write there as the user that they run as.
+raw=/run/warren/profile
+# All that is asked of a proxy, for a second each.
+load=(--arms "warren,warren-same-node" --cases "bulk,bulk-down,requests,open,connect,http1,http2,grpc" --seconds 1 --repetitions 1)
+
+main() {
+  cargo build --profile dist -p warren -p warren-cni -p warren-controller -p warren-benches
+  if [ "${PROFILE:-}" = none ]; then
+    cargo build --profile dist -p warren-node-proxy
+    return
+  fi
+  local sources
+  sources=$(sources)
+  if [ ! -e "$profile" ] || [ "$(cat "$profile.of" 2>/dev/null)" != "$sources" ]; then
+    make_profile
+    echo "$sources" >"$profile.of"
+  fi
+  echo "the node proxy, with $profile"
+  proxy use "-Cprofile-use=$profile"
+  install "$pgo/use/dist/warren-node-proxy" "$target/dist/"
+}
+
+# What a profile is of.
+sources() {
+  { rustc -vV; cat "${BASH_SOURCE[0]}" Cargo.toml Cargo.lock; find node-proxy mesh-api -name '*.rs' -print0 | LC_ALL=C sort -z | xargs -0 cat; } |
+    sha256sum | cut -d' ' -f1
+}
+
+# proxy DIRECTORY FLAG
+proxy() {
+  RUSTFLAGS="${RUSTFLAGS:-} $2" cargo build --profile dist -p warren-node-proxy --target-dir "$pgo/$1"
+}
+
+make_profile() {
+  local merge program
+  merge=$(rustc --print sysroot)/lib/rustlib/$(rustc -vV | sed -n 's/^host: //p')/bin/llvm-profdata
+  if [ ! -x "$merge" ]; then
+    echo "$merge is missing: rustup component add llvm-tools (or PROFILE=none $0, for a slower proxy)" >&2
+    exit 1
+  fi
+  if [ "$(id -u)" != 0 ]; then
+    echo "the profile needs root: its load runs in network namespaces (or PROFILE=none $0, for a slower proxy)" >&2
+    exit 1
+  fi
+  echo "the node proxy that counts what it does, for the profile"
+  proxy count "-Cprofile-generate=$raw"
+  mkdir -p "$pgo/programs"
+  for program in warren warren-cni warren-controller warren-bench; do
+    ln -f "$target/dist/$program" "$pgo/programs/"
+  done
+  ln -f "$pgo/count/dist/warren-node-proxy" "$pgo/programs/"
+  rm -rf "$raw"
+  install -d -m 1777 "$raw"
+  trap 'rm -rf "$raw"' EXIT
+  echo "its load"
+  "$pgo/programs/warren-bench" run "${load[@]}" --output "$pgo/load.json"
+  "$merge" merge -o "$profile" "$raw"/*.profraw
+}
+
+main "$@"
