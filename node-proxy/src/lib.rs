@@ -25,6 +25,7 @@ pub mod probe;
 pub mod process;
 pub mod resolve;
 pub mod seccomp;
+pub mod slices;
 pub mod stock;
 pub mod supervisor;
 pub mod table;

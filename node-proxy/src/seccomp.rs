@@ -65,6 +65,10 @@ fn no_clone3() -> Result<BpfProgram, SeccompError> {
 
 fn allow_list(profile: Profile) -> Result<BpfProgram, SeccompError> {
     let mut rules: Rules = calls::BOTH.iter().map(|call| (*call, vec![])).collect();
+    // Of the calling thread only.
+    for call in [libc::SYS_sched_getattr, libc::SYS_sched_setattr] {
+        rules.insert(call, one_of(0, &[0])?);
+    }
     match profile {
         Profile::Supervisor => {
             rules.extend(calls::SUPERVISOR.iter().map(|call| (*call, vec![])));

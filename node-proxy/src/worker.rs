@@ -29,6 +29,7 @@ use crate::identity::Identities;
 use crate::memory;
 use crate::pods::{Host, Pod, Pods};
 use crate::process::descriptor_limit;
+use crate::slices;
 use crate::table::Table;
 use crate::telemetry::Telemetry;
 use crate::telemetry::access_log::AccessLog;
@@ -349,6 +350,7 @@ impl Workers {
 fn start_thread(number: usize, stopping: oneshot::Receiver<()>) -> io::Result<Handle> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_unpark(slices::look)
         .max_io_events_per_tick(EVENTS)
         .build()?;
     let handle = runtime.handle().clone();

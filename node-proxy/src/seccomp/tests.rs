@@ -8,6 +8,7 @@ use nix::unistd::{Pid, chroot};
 use socket2::{Domain, Socket, Type};
 
 use super::*;
+use crate::slices;
 
 /// Runs `with` on a thread of its own under the filter, which no other thread gets.
 fn under<T: Send>(profile: Profile, with: impl FnOnce() -> T + Send) -> T {
@@ -58,6 +59,8 @@ fn the_worker_may_not_gain_or_start_anything() {
             );
         }
         assert!(is_denied(process::raise_nothing()), "prlimit64");
+        let other = slices::tests::read(std::process::id());
+        assert!(is_denied(other), "sched_getattr of another thread");
         assert!(
             is_denied(std::os::unix::fs::symlink("a", "/tmp/b")),
             "symlink"
@@ -73,6 +76,7 @@ fn the_worker_may_do_its_work() {
             status.contains("Seccomp:\t2\n") && status.contains("NoNewPrivs:\t1\n"),
             "{status}"
         );
+        slices::tests::ask().expect("its own slices of the processor");
         // Threads, which inherit the filter, runtimes, timers, sockets, files.
         let denied = std::thread::spawn(|| is_denied(Command::new("/bin/true").spawn()))
             .join()

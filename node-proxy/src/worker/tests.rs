@@ -44,6 +44,20 @@ async fn a_drain_waits_for_streams_that_a_tunnel_brings_before_its_end() {
     assert_eq!(workers.live(), 0);
 }
 
+#[tokio::test]
+async fn a_thread_with_little_to_do_has_short_slices() {
+    let (workers, _directory) = workers();
+    let (told, tells) = tokio::sync::oneshot::channel();
+    workers.workers[0].spawn(async {
+        while slices::tests::has_short() == Some(false) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        told.send(()).unwrap();
+    });
+    let told = tokio::time::timeout(Duration::from_secs(60), tells).await;
+    told.expect("it asks for them").unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends_at_its_deadline() {
     let (workers, _directory) = workers();
