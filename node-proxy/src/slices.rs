@@ -33,7 +33,8 @@ thread_local! {
     static STATE: Cell<State> = const { Cell::new(State::New) };
 }
 
-/// For a thread that has just waited for events: asks for the slice that fits what it has needed of late.
+/// Asks for the slice that fits what this thread has needed of late. For one that has just waited for events, and for one
+/// that is too busy to wait, now and then.
 pub fn look() {
     STATE.set(next(STATE.get(), Instant::now()));
 }
@@ -49,7 +50,8 @@ fn next(state: State, now: Instant) -> State {
         Ok(used) => used,
         Err(error) => return refused(&error),
     };
-    let wanted = last.is_some_and(|(at, before)| is_modest(modest, used - before, now - at));
+    let wanted =
+        last.is_some_and(|(at, before)| is_modest(modest, used.saturating_sub(before), now - at));
     if wanted != modest
         && let Err(error) = sys::ask(wanted.then_some(SHORT))
     {
@@ -145,9 +147,11 @@ mod sys {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::Arc;
     use std::{io, thread};
 
     use super::*;
+    use crate::turns::Turns;
 
     /// Whether this thread has short slices. `None`: this kernel has none for anybody (before Linux 6.12).
     pub(crate) fn has_short() -> Option<bool> {
@@ -173,19 +177,49 @@ pub(crate) mod tests {
         assert_eq!([49, 50].map(|used| is(true, used)), [true, false]);
     }
 
+    /// Calls `step` until this thread has short slices, or none. Not where it gets too little of the processor to be a busy one.
+    fn until(short: bool, mut step: impl FnMut()) {
+        let (begun, used) = (Instant::now(), sys::used().unwrap());
+        while has_short().is_some_and(|has| has != short) {
+            let passed = begun.elapsed();
+            let share = (sys::used().unwrap() - used).as_secs_f64() / passed.as_secs_f64();
+            if passed > Duration::from_secs(20) {
+                assert!(
+                    !short && share < 0.6,
+                    "short: {short}, {share} of a processor"
+                );
+                return println!("{share} of a processor is too little for this test");
+            }
+            step();
+        }
+    }
+
     #[test]
     fn a_thread_that_sleeps_has_short_slices_until_it_works() {
-        let begun = Instant::now();
-        let until = |short: bool, step: fn()| {
-            while has_short().is_some_and(|has| has != short) {
-                assert!(begun.elapsed() < Duration::from_secs(60), "{short}");
-                step();
-                look();
-            }
-        };
-        until(true, || thread::sleep(Duration::from_millis(10)));
+        until(true, || {
+            thread::sleep(Duration::from_millis(10));
+            look();
+        });
         let nice = sys::attributes(sys::ME).unwrap().sched_nice;
-        until(false, || {});
+        until(false, look);
         assert_eq!(sys::attributes(sys::ME).unwrap().sched_nice, nice);
+    }
+
+    /// The runtime then never waits, only looks for events.
+    #[tokio::test]
+    async fn a_thread_that_never_waits_looks_too() {
+        until(true, || {
+            thread::sleep(Duration::from_millis(10));
+            look();
+        });
+        let busy = Arc::new(Turns::default()).take(async {
+            while has_short() == Some(true) {
+                let begun = Instant::now();
+                while begun.elapsed() < Duration::from_millis(1) {}
+                tokio::task::yield_now().await;
+            }
+        });
+        let limit = tokio::time::timeout(Duration::from_secs(60), busy);
+        limit.await.expect("it has the kernel's own slices");
     }
 }

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::slices;
+
 /// Microseconds of work of one party in a round.
 const SLICE: u64 = 200;
 /// What a step counts as on a thread that is not shared, where it is not worth a look at the clock.
@@ -121,6 +123,7 @@ impl Turns {
     }
 
     fn begin(&self, changes: u64, now: Instant) {
+        slices::look();
         self.round.fetch_add(1, Ordering::Relaxed);
         self.spent.store(0, Ordering::Relaxed);
         *self.last.lock() = Last {

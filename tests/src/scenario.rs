@@ -1,12 +1,12 @@
 //! One test: alone on the machine, bounded in time, leaving nothing behind.
 
 use std::cell::{Cell, RefCell};
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -115,14 +115,31 @@ pub fn binary(name: &str) -> PathBuf {
 }
 
 /// The directory of the mesh's programs as images have them, which is beside that of the others: for tests that measure.
+/// Panics where the proxy's is older than its sources.
 pub fn dist() -> PathBuf {
     let path = directory().with_file_name("dist");
+    let program = path.join("warren-node-proxy");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../node-proxy/src");
+    let built = modified(&program);
     assert!(
-        path.join("warren-node-proxy").exists(),
-        "{} has no programs as images have them: make dist",
-        path.display()
+        built.is_some() && built >= newest(&sources),
+        "{} is missing or older than its sources: make dist",
+        program.display()
     );
     path
+}
+
+fn modified(file: &Path) -> Option<SystemTime> {
+    fs::metadata(file).ok()?.modified().ok()
+}
+
+fn newest(directory: &Path) -> Option<SystemTime> {
+    let entries = fs::read_dir(directory).ok()?.flatten();
+    let of = |entry: fs::DirEntry| match entry.path() {
+        path if path.is_dir() => newest(&path),
+        path => modified(&path),
+    };
+    entries.filter_map(of).max()
 }
 
 fn directory() -> PathBuf {
