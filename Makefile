@@ -43,7 +43,7 @@ test: ## every test but the soaks (root; up to 35 minutes cold on two cores)
 	cargo build --release $(PROGRAMS)
 	scripts/run-tests.sh
 
-test-long: ## soaks, scale, outages on Kubernetes, the whole bench (root; an hour or two on an idle machine)
+test-long: ## soaks, scale, outages on Kubernetes, the whole bench (root; two to three hours on an idle machine)
 	@scripts/install-deps.sh build lab test bench kube
 	cargo build --release $(PROGRAMS)
 	$(MAKE) dist
