@@ -78,7 +78,7 @@ make_profile() {
   install -d -m 1777 "$raw"
   trap 'rm -rf "$raw"' EXIT
   echo "its load"
-  "$pgo/programs/warren-bench" run "${load[@]}" --output "$pgo/load.json"
+  "$pgo/programs/warren-bench" run "${load[@]}" --output "$pgo/load.json" 9>&-
   "$merge" merge -o "$profile" "$raw"/*.profraw
   # A profile in which nothing was done would make the data path slow.
   local most
@@ -88,6 +88,9 @@ make_profile() {
     echo "the profile has no function that was called more than ${most:-0} times: can user 65532 write to $raw?" >&2
     exit 1
   fi
+  rm -rf "$raw"
+  trap - EXIT
+  exec 9>&-
 }
 
 main "$@"
