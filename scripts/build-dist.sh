@@ -14,7 +14,8 @@ target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 pgo=$target/pgo
 version=$(rustc --version | cut -d' ' -f2)
 profile=$pgo/node-proxy-$version.profdata
-# The proxies write there as the user that they run as.
+# The proxies write there as the user that they run as, each in a directory of its own (%p): one that is killed while it
+# writes must not spoil what the others have written.
 raw=/run/warren/profile
 # All that is asked of a proxy, for a second each.
 load=(--arms "warren,warren-same-node" --cases "bulk,bulk-down,requests,open,connect,http1,http2,grpc" --seconds 1 --repetitions 1)
@@ -64,7 +65,7 @@ make_profile() {
     exit 1
   fi
   echo "the node proxy that counts what it does, for the profile"
-  proxy count "-Cprofile-generate=$raw"
+  proxy count "-Cprofile-generate=$raw/%p"
   mkdir -p "$pgo/programs"
   for program in warren warren-cni warren-controller warren-bench; do
     ln -f "$target/dist/$program" "$pgo/programs/"
@@ -79,7 +80,7 @@ make_profile() {
   trap 'rm -rf "$raw"' EXIT
   echo "its load"
   "$pgo/programs/warren-bench" run "${load[@]}" --output "$pgo/load.json" 9>&-
-  "$merge" merge -o "$profile" "$raw"/*.profraw
+  "$merge" merge --failure-mode=all -o "$profile" "$raw"
   # A profile in which nothing was done would make the data path slow.
   local most
   most=$("$merge" show "$profile" | sed -n 's/^Maximum function count: //p')

@@ -1,5 +1,6 @@
 //! The process as the system sees it: descriptors, memory, privileges.
 
+pub mod descriptors;
 pub mod http;
 pub mod lifecycle;
 pub mod metrics;

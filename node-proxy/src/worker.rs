@@ -41,8 +41,9 @@ use crate::tunnel::tls::ServerConfigs;
 use crate::turns::Turns;
 
 /// Sockets that are served before tunnels send what came from them. More per record and system call cost less,
-/// but then the two nodes wait for each other: each works through a batch while the other has none.
-const EVENTS: usize = 32;
+/// but then the two nodes wait for each other: each works through a batch while the other has none (docs/performance.md,
+/// "HTTP").
+const EVENTS: usize = 16;
 
 /// What every connection may look at.
 pub struct Context {

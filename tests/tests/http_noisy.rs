@@ -62,6 +62,8 @@ const REQUESTS: u64 = 200;
 const BUFFERED_KIB: u64 = 16 * 1024;
 /// What a thread of a proxy asks for that needs little of the processor.
 const SLICE_US: u64 = 400;
+/// What a proxy has room for before any is asked for.
+const DESCRIPTORS: u64 = 16 * 1024;
 /// Of a socket to an app, with the kernel's own overhead.
 const BUFFER: usize = 512 * 1024;
 /// What the limits allow one pod to make a proxy hold (docs/reference/node-proxy.md), in KiB.
@@ -86,6 +88,7 @@ fn what_a_noisy_workload_makes_the_proxies_hold_is_bounded() {
         // What is allocated once is not the noise's.
         beside.noise(MESHED, NONE);
         beside.expect_short_slices();
+        beside.expect_room();
         let before = NODES.map(|node| (beside.allocated(node), beside.peak(node)));
         beside.before = Some(before);
         for kinds in KINDS.into_iter().chain([ALL]) {
@@ -322,6 +325,20 @@ impl<'a> Beside<'a> {
             // Not told by all kernels, and not to be had before Linux 6.12.
             let told = slice_us(Path::new("/proc/self")).is_some() && kernel() >= (6, 12);
             assert!(!told || slices.contains(&SLICE_US), "{node}: {slices:?}");
+        }
+    }
+
+    /// No thread of a proxy waits for the kernel to make more of it.
+    fn expect_room(&self) {
+        for node in NODES {
+            let worker = self.lab.worker(node);
+            let room: u64 = status_field(worker, "FDSize").parse().expect("a number");
+            let limit =
+                fs::read_to_string(format!("/proc/{worker}/limits")).expect("the worker runs");
+            let limit = limit.lines().find_map(|l| l.strip_prefix("Max open files"));
+            let limit = limit.and_then(|l| l.split_whitespace().next()?.parse().ok());
+            let wanted = limit.expect("there is one").min(DESCRIPTORS);
+            assert!(room >= wanted, "{node}: room for {room} descriptors");
         }
     }
 

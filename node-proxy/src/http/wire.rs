@@ -11,6 +11,8 @@
 //! Invariant: no header that begins with `warren-` passes from an app to the mesh or back; those on the
 //! tunnel are written by a proxy and removed by the next one.
 
+use std::fmt;
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -36,8 +38,8 @@ const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
 /// The method of an upgrade, if it is not GET.
 const METHOD: HeaderName = HeaderName::from_static("warren-method");
 const PREFIX: &str = "warren-";
-/// Headers of a proxy's own beside those of a message.
-const MOST_OWN: usize = 6;
+/// Headers of a proxy's own beside those of a message, for which there is room from the start.
+pub const MOST_OWN: usize = 6;
 
 /// What a request on a tunnel says beside the app's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,10 +69,10 @@ pub fn strip(headers: &mut HeaderMap) -> bool {
 pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
     let headers = &mut parts.headers;
     headers.reserve(MOST_OWN);
-    headers.insert(TARGET, text(envelope.target.to_string())?);
-    headers.insert(SOURCE, text(envelope.source.to_string())?);
+    headers.insert(TARGET, text(format_args!("{}", envelope.target))?);
+    headers.insert(SOURCE, text(format_args!("{}", envelope.source))?);
     if let Some(service) = &envelope.service {
-        headers.insert(SERVICE, text(service.to_string())?);
+        headers.insert(SERVICE, value(service)?);
     }
     headers.insert(VERSION, HeaderValue::from_static(version(parts.version)));
     if let Some(case) = parts.extensions.remove::<HeaderCase>() {
@@ -80,12 +82,10 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         if parts.method == Method::CONNECT {
             // An extended CONNECT has a path and a scheme; what was asked for goes beside them.
             let authority = parts.uri.authority().ok_or(ProxyError::BadRequest)?;
-            let authority = text(authority.to_string())?;
-            parts.headers.insert(AUTHORITY, authority);
+            parts.headers.insert(AUTHORITY, value(authority.as_str())?);
             parts.uri = http::Uri::from_static("http://connect.warren/");
         } else if parts.method != Method::GET {
-            let method = text(parts.method.to_string())?;
-            parts.headers.insert(METHOD, method);
+            parts.headers.insert(METHOD, value(parts.method.as_str())?);
         }
         parts.method = Method::CONNECT;
         parts.headers.remove(UPGRADE);
@@ -99,12 +99,11 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
 /// Takes a request that came through a tunnel apart: what the proxies say, and the app's own request.
 pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
     let headers = &mut parts.headers;
-    let [target, source, service, version, case, authority, method] = own(
-        headers,
-        [
-            &TARGET, &SOURCE, &SERVICE, &VERSION, &CASE, &AUTHORITY, &METHOD,
-        ],
-    );
+    let names = [TARGET, SOURCE, SERVICE, VERSION, CASE, AUTHORITY, METHOD];
+    let [target, source, service, version, case, authority, method] =
+        names.map(|name| headers.remove(name));
+    // What a newer peer may say beside it.
+    strip(headers);
     let target: SocketAddr = parse(target)?;
     let envelope = Envelope {
         target: SocketAddr::new(target.ip().to_canonical(), target.port()),
@@ -114,18 +113,16 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
             Some(value) => Some(value.to_str().map_err(|_| ProxyError::BadRequest)?.into()),
         },
     };
-    parts.version = match version.map(HeaderValue::as_bytes) {
+    parts.version = match version.as_ref().map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
         Some(b"1.1") => Version::HTTP_11,
         Some(b"2") => Version::HTTP_2,
         _ => return Err(ProxyError::BadRequest),
     };
     if let Some(case) = case {
-        let case = HeaderCase::decode(case).ok_or(ProxyError::BadRequest)?;
+        let case = HeaderCase::decode(&case).ok_or(ProxyError::BadRequest)?;
         parts.extensions.insert(case);
     }
-    let (authority, method) = (authority.cloned(), method.cloned());
-    strip(headers);
     if let Some(protocol) = parts.extensions.remove::<ExtendedProtocol>() {
         if protocol.as_str() == CONNECT_PROTOCOL {
             let authority = authority.ok_or(ProxyError::BadRequest)?;
@@ -196,25 +193,24 @@ pub fn is_upgrade(parts: &Parts) -> bool {
 
 /// Takes an answer that came through a tunnel apart. The error that the callee's proxy named, if the answer is its own.
 pub fn open_response(parts: &mut response::Parts) -> Option<ProxyError> {
-    let names = [&ERROR, &VERSION, &CASE, &UPGRADED];
-    let [error, version, case, upgraded] = own(&parts.headers, names);
-    let error = error.map(named);
-    parts.version = match version.map(HeaderValue::as_bytes) {
+    let names = [ERROR, VERSION, CASE, UPGRADED];
+    let [error, version, case, upgraded] = names.map(|name| parts.headers.remove(name));
+    strip(&mut parts.headers);
+    parts.version = match version.as_ref().map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
         Some(b"1.1") => Version::HTTP_11,
         _ => Version::HTTP_2,
     };
-    if let Some(case) = case.and_then(HeaderCase::decode) {
+    if let Some(case) = case.as_ref().and_then(HeaderCase::decode) {
         parts.extensions.insert(case);
     }
-    if let Some(protocol) = upgraded.cloned() {
+    if let Some(protocol) = upgraded {
         if parts.status == StatusCode::OK {
             parts.status = StatusCode::SWITCHING_PROTOCOLS;
         }
         parts.headers.insert(UPGRADE, protocol);
     }
-    strip(&mut parts.headers);
-    error
+    error.as_ref().map(named)
 }
 
 const UPGRADED: HeaderName = HeaderName::from_static("warren-upgraded");
@@ -236,31 +232,23 @@ fn tunnelled_protocol(parts: &Parts) -> Result<Option<ExtendedProtocol>, ProxyEr
     Ok(Some(ExtendedProtocol::from(upgrade)))
 }
 
-/// What proxies say, by name: one walk through the headers instead of a look-up for each.
-fn own<'a, const N: usize>(
-    headers: &'a HeaderMap,
-    names: [&HeaderName; N],
-) -> [Option<&'a HeaderValue>; N] {
-    let mut found = [None; N];
-    for (name, value) in headers {
-        if name.as_str().starts_with(PREFIX)
-            && let Some(place) = names.iter().position(|known| *known == name)
-        {
-            // Of several the first, as a look-up has it.
-            found[place].get_or_insert(value);
-        }
-    }
-    found
-}
-
-fn parse<T: std::str::FromStr>(value: Option<&HeaderValue>) -> Result<T, ProxyError> {
+fn parse<T: std::str::FromStr>(value: Option<HeaderValue>) -> Result<T, ProxyError> {
     value
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .ok_or(ProxyError::BadRequest)
 }
 
-fn text(value: String) -> Result<HeaderValue, ProxyError> {
-    HeaderValue::try_from(value).map_err(|_| ProxyError::Internal)
+fn text(address: fmt::Arguments<'_>) -> Result<HeaderValue, ProxyError> {
+    // The longest is an IPv6 address with a scope and a port.
+    let mut text = [0; 64];
+    let mut rest = &mut text[..];
+    rest.write_fmt(address).map_err(|_| ProxyError::Internal)?;
+    let left = rest.len();
+    HeaderValue::from_bytes(&text[..text.len() - left]).map_err(|_| ProxyError::Internal)
+}
+
+fn value(text: &str) -> Result<HeaderValue, ProxyError> {
+    HeaderValue::from_str(text).map_err(|_| ProxyError::Internal)
 }
 
 const fn version(version: Version) -> &'static str {

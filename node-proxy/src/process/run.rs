@@ -29,7 +29,7 @@ use crate::health::{Health, Metrics};
 use crate::identity::Identities;
 use crate::memory;
 use crate::pods::{Host, Pods, PodsCollector};
-use crate::process::descriptor_limit;
+use crate::process::{descriptor_limit, descriptors};
 use crate::seccomp::Profile;
 use crate::stock::{self, Supply};
 use crate::supervisor::{self, EX_CONFIG, SupervisorError};
@@ -102,6 +102,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
     // Only now is nothing lost that came while they were blocked.
     supervisor::unblock_signals().map_err(system("unblocking signals"))?;
 
+    tokio::spawn(descriptors::keep_room(descriptor_limit()));
     let (tracer, exporter) = Tracer::new(&config.tracing, &config.node);
     let telemetry = Telemetry::with(config.metrics.bounds(), tracer);
     let exporting = exporter.map(Exporting::start);
