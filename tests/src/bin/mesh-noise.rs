@@ -32,6 +32,9 @@ struct Args {
     /// Bodies end by a reset: else a server has for minutes what nobody takes
     #[arg(long)]
     reset: bool,
+    /// Of connections, heads and pieces of bodies in a second, for machines on which all of it is too much
+    #[arg(long, default_value_t = 1.0)]
+    share: f64,
     /// Ends when this file exists
     #[arg(long)]
     stop: PathBuf,
@@ -81,7 +84,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for kind in &args.kind {
             match kind {
                 Kind::Connections => connections(&mut tasks, &args, target, &report),
-                Kind::Headers => headers(&mut tasks, target, &report),
+                Kind::Headers => headers(&mut tasks, &args, target, &report),
                 Kind::Bodies => bodies(&mut tasks, &args, target, &report),
             }
         }
@@ -162,8 +165,8 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     let held = Rc::new(RefCell::new(VecDeque::new()));
     let most = args.connections;
     let counted = Counted::new(report, |report| &mut report.connections);
-    let slots = at_once(NOISE_CONNECTIONS);
-    repeat(tasks, counted.clone(), (slots, EVERY), || {
+    let pace = (at_once(NOISE_CONNECTIONS), EVERY.div_f64(args.share));
+    repeat(tasks, counted.clone(), pace, || {
         let (held, counted) = (Rc::clone(&held), counted.clone());
         move || {
             let (held, counted) = (Rc::clone(&held), counted.clone());
@@ -184,7 +187,7 @@ fn connections(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report:
     });
 }
 
-fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
+fn headers(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Report) {
     let of = |count: usize| -> Rc<str> {
         let value = "x".repeat(600);
         let head: String = (0..count)
@@ -194,8 +197,8 @@ fn headers(tasks: &mut JoinSet<()>, target: SocketAddr, report: &Report) {
     };
     let (huge, too_huge) = (of(95), of(160));
     let counted = Counted::new(report, |report| &mut report.heads);
-    let slots = at_once(NOISE_HEADS);
-    repeat(tasks, counted.clone(), (slots, EVERY), || {
+    let pace = (at_once(NOISE_HEADS), EVERY.div_f64(args.share));
+    repeat(tasks, counted.clone(), pace, || {
         let (huge, too_huge) = (Rc::clone(&huge), Rc::clone(&too_huge));
         let (series, counted) = (Series::default(), counted.clone());
         move || {
@@ -233,8 +236,13 @@ fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Rep
     // To an app that does not read.
     let unread = format!("x-control: read=3600000\r\n{UPLOAD}");
     let unread = Body::new(target, args.reset, "POST", "/", &unread);
-    endless(tasks, &counted, &up, trickle_up);
-    endless(tasks, &counted, &down, trickle_down);
+    let pause = TRICKLE.div_f64(args.share);
+    endless(tasks, &counted, &up, move |stream| {
+        trickle_up(stream, pause)
+    });
+    endless(tasks, &counted, &down, move |stream| {
+        trickle_down(stream, pause)
+    });
     endless(tasks, &counted, &unread, unread_up);
     endless(tasks, &counted, &down, unread_down);
 }
@@ -294,17 +302,17 @@ fn endless<F: Future<Output = io::Result<()>>>(
     });
 }
 
-async fn trickle_up(mut stream: TcpStream) -> io::Result<()> {
+async fn trickle_up(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
     loop {
         stream.write_all(&[b'x'; 64]).await?;
-        sleep(TRICKLE).await;
+        sleep(pause).await;
     }
 }
 
-async fn trickle_down(mut stream: TcpStream) -> io::Result<()> {
+async fn trickle_down(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
-        sleep(TRICKLE).await;
+        sleep(pause).await;
     }
     Err(io::ErrorKind::UnexpectedEof.into())
 }
