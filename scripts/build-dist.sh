@@ -82,13 +82,16 @@ make_profile() {
   "$pgo/programs/warren-bench" run "${load[@]}" --output "$pgo/load.json" 9>&-
   "$merge" merge --failure-mode=all -o "$profile" "$raw"
   # A profile in which nothing was done would make the data path slow.
-  local most
-  most=$("$merge" show "$profile" | sed -n 's/^Maximum function count: //p')
-  if [ "${most:-0}" -lt 100000 ]; then
-    rm -f "$profile"
-    echo "the profile has no function that was called more than ${most:-0} times: can user 65532 write to $raw?" >&2
-    exit 1
-  fi
+  local half calls
+  for half in caller:4wire4seal callee:4wire4open; do
+    calls=$("$merge" show --counts --function="${half#*:}" "$profile" |
+      sed -n 's/^ *Block counts: \[\(.*\)\]/\1/p' | tr -d ' ' | tr ',' '\n' | sort -n | tail -1)
+    if [ "${calls:-0}" -lt 10000 ]; then
+      rm -f "$profile"
+      echo "the profile has ${calls:-no} requests of a ${half%:*}'s proxy: can user 65532 write to $raw?" >&2
+      exit 1
+    fi
+  done
   rm -rf "$raw"
   trap - EXIT
   exec 9>&-

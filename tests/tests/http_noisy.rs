@@ -1,8 +1,8 @@
 //! Line 6: a workload that does its worst beside a quiet one on the same node. No request of the quiet one fails, and
 //! the proxies' memory stays below what the limits say and comes back. With `WARREN_TEST_LONG` on an idle machine also:
 //! the quiet one's p99 at most doubles against the same load without the mesh, whose programs are those of images (`make
-//! dist`) there. That has limits which refuse nothing of the noise; the noise comes at a fixed rate and gets as much done on
-//! both paths; and a round counts only where the machine beneath left this one its processors.
+//! dist`) there. That has limits which refuse nothing of the noise; the noise comes at a fixed rate, lower on a machine that
+//! does not do all of it without the mesh, and gets as much done on both paths; and a round counts only where the machine beneath left this one its processors.
 //!
 //! The quiet one's app takes about a millisecond for an answer. For one that answers at once two proxies are most of the
 //! way, and its p99 more than doubles without any noise; there the factor is only kept from growing.
@@ -37,18 +37,18 @@ const MILLISECOND: App = App {
     path: "/?delay=0",
     most: 2.0,
 };
-/// No aim, but a guard: 3.5 to 4.6 were measured, 6.8 with bodies in lockstep.
+/// No aim, but a guard: 2.0 to 3.3 were measured.
 const AT_ONCE: App = App {
     path: "/",
-    most: 8.0,
+    most: 5.0,
 };
 /// Of the noise that is due; with less, two paths do not have the same load.
 const LEAST: f64 = 0.9;
 /// The noise is what its generator and server, with their share of the processor, can do where nothing is between them: of
 /// what one of them did so much, so that the other rounds do as much.
 const WELL_BELOW: f64 = 0.9;
-/// Rounds to find that out.
-const MOST_TRIES: usize = 8;
+/// And so much of all of it at least.
+const LEAST_SHARE: f64 = 0.4;
 /// Of a round's four seconds. One processor gone for 12 ms makes three of its 1,200 requests slow, twelve are its p99.
 const STOLEN: Duration = Duration::from_millis(20);
 /// Rounds that are done again for it, before the test gives up.
@@ -144,7 +144,10 @@ fn expect_not_slowed(app: &App, noises: &[&[&str]]) {
             }
             let [direct, meshed] = p99.map(median);
             let ratio = meshed / direct;
-            println!("{kinds:?}: p99 {direct:.2} ms direct, {meshed:.2} ms meshed: {ratio:.2}");
+            println!(
+                "{kinds:?}, {:.2} of it: p99 {direct:.2} ms direct, {meshed:.2} ms meshed: {ratio:.2}",
+                beside.share
+            );
             if ratio > app.most {
                 slowed.push(format!("{kinds:?}: {meshed:.2} ms against {direct:.2} ms"));
             }
@@ -195,9 +198,10 @@ impl<'a> Beside<'a> {
     /// Finds how much of this noise is done here without the mesh.
     fn find_share(&mut self, kinds: &[&str]) {
         self.share = 1.0;
-        for _ in 0..MOST_TRIES {
+        while self.share >= LEAST_SHARE {
             let round = self.noise(DIRECT, kinds);
             if round.stolen > STOLEN {
+                self.disturbed();
                 continue;
             }
             let done = self.kinds_of(kinds, &round.noise).into_iter();
@@ -207,10 +211,19 @@ impl<'a> Beside<'a> {
                 return;
             }
             self.share *= least * WELL_BELOW;
-            println!("  {:.2} of the noise from now on", self.share);
         }
         panic!(
-            "{kinds:?}: in {MOST_TRIES} rounds it was not found how much of it this machine does"
+            "{kinds:?}: of the noise this machine does less than {LEAST_SHARE} without the mesh"
+        );
+    }
+
+    /// A round does not count for what other machines took.
+    fn disturbed(&mut self) {
+        self.disturbed += 1;
+        assert!(
+            self.disturbed <= MOST_DISTURBED,
+            "in {MOST_DISTURBED} rounds more than {STOLEN:?} of processor time went to other machines: \
+             run this on an idle one"
         );
     }
 
@@ -235,12 +248,7 @@ impl<'a> Beside<'a> {
                 );
                 continue;
             }
-            self.disturbed += 1;
-            assert!(
-                self.disturbed <= MOST_DISTURBED,
-                "in {MOST_DISTURBED} rounds more than {STOLEN:?} of processor time went to other machines: \
-                 run this on an idle one"
-            );
+            self.disturbed();
         }
     }
 

@@ -83,6 +83,7 @@ pub fn worker(config: &Path, supervisor: u32, allow_privileged: bool) -> Result<
         return Ok(());
     }
     supervisor::harden(Profile::Worker, "worker", allow_privileged)?;
+    descriptors::make_room(descriptor_limit());
     let config: Config = mesh_api::config::load(config)?;
     let logging = Logging::start(&config.log, config.log_format)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -102,7 +103,6 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
     // Only now is nothing lost that came while they were blocked.
     supervisor::unblock_signals().map_err(system("unblocking signals"))?;
 
-    tokio::spawn(descriptors::keep_room(descriptor_limit()));
     let (tracer, exporter) = Tracer::new(&config.tracing, &config.node);
     let telemetry = Telemetry::with(config.metrics.bounds(), tracer);
     let exporting = exporter.map(Exporting::start);
@@ -158,6 +158,7 @@ async fn run(config: Config, logging: Logging) -> Result<(), RunError> {
 
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     parts.spawn(async move { match broker.run().await {} });
+    parts.spawn(descriptors::keep_room(descriptor_limit()).map(|never| match never {}));
     parts.spawn(
         serve_tcp(
             "metrics",

@@ -32,7 +32,7 @@ struct Args {
     /// Bodies end by a reset: else a server has for minutes what nobody takes
     #[arg(long)]
     reset: bool,
-    /// Of connections, heads and pieces of bodies in a second, for machines on which all of it is too much
+    /// Of connections and heads in a second, for machines on which all of them are too many
     #[arg(long, default_value_t = 1.0)]
     share: f64,
     /// Ends when this file exists
@@ -236,13 +236,8 @@ fn bodies(tasks: &mut JoinSet<()>, args: &Args, target: SocketAddr, report: &Rep
     // To an app that does not read.
     let unread = format!("x-control: read=3600000\r\n{UPLOAD}");
     let unread = Body::new(target, args.reset, "POST", "/", &unread);
-    let pause = TRICKLE.div_f64(args.share);
-    endless(tasks, &counted, &up, move |stream| {
-        trickle_up(stream, pause)
-    });
-    endless(tasks, &counted, &down, move |stream| {
-        trickle_down(stream, pause)
-    });
+    endless(tasks, &counted, &up, trickle_up);
+    endless(tasks, &counted, &down, trickle_down);
     endless(tasks, &counted, &unread, unread_up);
     endless(tasks, &counted, &down, unread_down);
 }
@@ -302,17 +297,17 @@ fn endless<F: Future<Output = io::Result<()>>>(
     });
 }
 
-async fn trickle_up(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
+async fn trickle_up(mut stream: TcpStream) -> io::Result<()> {
     loop {
         stream.write_all(&[b'x'; 64]).await?;
-        sleep(pause).await;
+        sleep(TRICKLE).await;
     }
 }
 
-async fn trickle_down(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
+async fn trickle_down(mut stream: TcpStream) -> io::Result<()> {
     let mut some = [0; 4096];
     while stream.read(&mut some).await? > 0 {
-        sleep(pause).await;
+        sleep(TRICKLE).await;
     }
     Err(io::ErrorKind::UnexpectedEof.into())
 }

@@ -8,7 +8,6 @@ use std::mem::MaybeUninit;
 use super::case::HeaderCase;
 use super::hop::tokens;
 use super::{Limits, MOST_HEADERS, Refused};
-use crate::http::wire::MOST_OWN;
 
 /// Extension of a request whose target was in absolute form (RFC 9112 3.2.2); it is written so again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +205,7 @@ fn collect(
     parsed: &[httparse::Header<'_>],
 ) -> Result<(HeaderMap, HeaderCase, Says), Refused> {
     let mut says = Says::default();
-    let mut map = HeaderMap::with_capacity(parsed.len() + MOST_OWN);
+    let mut map = HeaderMap::with_capacity(parsed.len());
     for header in parsed {
         let name =
             HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| Refused::HeaderName)?;

@@ -181,7 +181,8 @@ pub(crate) fn request_seeds() -> Vec<Vec<u8>> {
         let parts = [method, uri, headers]
             .map(|text| part(text.as_bytes()))
             .concat();
-        let foreign = "warren-target: 10.0.0.1:80\nwarren-source: 10.0.0.2\nwarren-version: 1.1\nwarren-case: T,ETag\nwarren-x: y";
+        let foreign = "warren-target: 10.0.0.1:80\nwarren-source: 10.0.0.2\nwarren-version: 1.1\nwarren-case: T,ETag\nwarren-x: y\n\
+             warren-target: 10.0.0.3:80\nwarren-x: z";
         [
             &[kind][..],
             &parts,
@@ -224,8 +225,7 @@ pub(crate) fn request_seeds() -> Vec<Vec<u8>> {
 pub(crate) fn response_seeds() -> Vec<Vec<u8>> {
     let seed = |version: u8, status: u16, headers: &str| {
         let status = [(status / 4) as u8, (status % 4) as u8];
-        let foreign =
-            "warren-version: 1.0\nwarren-upgraded: x\nwarren-proxy-error: nonsense\nwarren-case: l";
+        let foreign = "warren-version: 1.0\nwarren-upgraded: x\nwarren-proxy-error: nonsense\nwarren-case: l\nwarren-x: y\nwarren-version: 2";
         [
             &[version][..],
             &status,
