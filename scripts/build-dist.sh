@@ -86,7 +86,7 @@ make_profile() {
   for half in caller:4wire4seal callee:4wire4open; do
     calls=$("$merge" show --counts --function="${half#*:}" "$profile" |
       sed -n 's/^ *Block counts: \[\(.*\)\]/\1/p' | tr -d ' ' | tr ',' '\n' | sort -n | tail -1)
-    if [ "${calls:-0}" -lt 10000 ]; then
+    if [ "${calls:-0}" -lt 100000 ]; then
       rm -f "$profile"
       echo "the profile has ${calls:-no} requests of a ${half%:*}'s proxy: can user 65532 write to $raw?" >&2
       exit 1

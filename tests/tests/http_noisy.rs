@@ -2,7 +2,8 @@
 //! the proxies' memory stays below what the limits say and comes back. With `WARREN_TEST_LONG` on an idle machine also:
 //! the quiet one's p99 at most doubles against the same load without the mesh, whose programs are those of images (`make
 //! dist`) there. That has limits which refuse nothing of the noise; the noise comes at a fixed rate, lower on a machine that
-//! does not do all of it without the mesh, and gets as much done on both paths; and a round counts only where the machine beneath left this one its processors.
+//! does not do all of it without the mesh, and gets as much done on both paths; and a round counts only where the machine
+//! beneath left this one its processors.
 //!
 //! The quiet one's app takes about a millisecond for an answer. For one that answers at once two proxies are most of the
 //! way, and its p99 more than doubles without any noise; there the factor is only kept from growing.
@@ -44,8 +45,8 @@ const AT_ONCE: App = App {
 };
 /// Of the noise that is due; with less, two paths do not have the same load.
 const LEAST: f64 = 0.9;
-/// The noise is what its generator and server, with their share of the processor, can do where nothing is between them: of
-/// what one of them did so much, so that the other rounds do as much.
+/// Where the generator and its server, with their share of the processor, do less than that without the mesh, the noise is
+/// so much of what they did.
 const WELL_BELOW: f64 = 0.9;
 /// And so much of all of it at least.
 const LEAST_SHARE: f64 = 0.4;
@@ -207,7 +208,7 @@ impl<'a> Beside<'a> {
             let done = self.kinds_of(kinds, &round.noise).into_iter();
             let done = done.map(|(_, noise, due)| noise.done as f64 / due);
             let least = done.fold(1.0, f64::min);
-            if least > (1.0 + LEAST) / 2.0 {
+            if least >= LEAST {
                 return;
             }
             self.share *= least * WELL_BELOW;
