@@ -38,8 +38,8 @@ const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
 /// The method of an upgrade, if it is not GET.
 const METHOD: HeaderName = HeaderName::from_static("warren-method");
 const PREFIX: &str = "warren-";
-/// Headers of a proxy's own beside those of a message, for which there is room from the start.
-pub const MOST_OWN: usize = 6;
+/// Headers of a proxy's own beside those of a message.
+const MOST_OWN: usize = 6;
 
 /// What a request on a tunnel says beside the app's own.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,8 +2,8 @@
 //!
 //! The kernel doubles a process' table of descriptors when it is full, and lets the thread that asked for one more wait
 //! until no other thread can be looking at the old table (an RCU grace period; docs/performance.md has what that takes).
-//! That thread would be one that accepts, and all its connections would wait with it. So somebody who carries no traffic asks for a
-//! descriptor far up in time.
+//! That thread would be one that accepts, and all its connections would wait with it. So somebody who carries no traffic
+//! asks for a descriptor far up in time.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, RawFd};
@@ -23,7 +23,7 @@ const TIMES: RawFd = 4;
 /// How often that is looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The first room. While the process has one thread nobody waits for it.
+/// The first room. Before anybody accepts nobody waits for it.
 pub fn make_room(limit: u64) {
     make(wanted(0, 0, bounded(limit)));
 }

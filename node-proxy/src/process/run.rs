@@ -83,9 +83,9 @@ pub fn worker(config: &Path, supervisor: u32, allow_privileged: bool) -> Result<
         return Ok(());
     }
     supervisor::harden(Profile::Worker, "worker", allow_privileged)?;
-    descriptors::make_room(descriptor_limit());
     let config: Config = mesh_api::config::load(config)?;
     let logging = Logging::start(&config.log, config.log_format)?;
+    descriptors::make_room(descriptor_limit());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
