@@ -139,7 +139,8 @@ need_llvm_tools() {
 need_cargo_deny() {
   cargo deny --version >/dev/null 2>&1 && return
   echo "installing: cargo-deny $CARGO_DENY (a few minutes, once)"
-  cargo install -q --locked cargo-deny --version "$CARGO_DENY" </dev/null
+  # Not optimized: it runs for a moment.
+  CARGO_PROFILE_DEV_DEBUG=0 cargo install -q --locked --debug cargo-deny --version "$CARGO_DENY" </dev/null
 }
 
 main "$@"

@@ -29,15 +29,32 @@ def quantiles(metric, labels):
     return [(f"histogram_quantile(0.{q}, {buckets})", f"p{q}") for q in (50, 95, 99)]
 
 
+def success(labels):
+    return f"{rate(HTTP, f'{labels},{GOOD}')} / {rate(HTTP, f'{labels},{JUDGED}')}"
+
+
+def failures(labels, by):
+    """A selector has no "or"; that of two queries takes a series once that is in both."""
+    rates = " or ".join(f"rate({HTTP}{{{labels},{bad}}}{RATE})" for bad in BAD)
+    return f"sum by ({by}) ({rates})"
+
+
 def or_zero(query):
     """For what should never happen: a flat line at zero says more than an empty panel."""
     return f"{query} or vector(0)"
 
 
 HTTP = "warren_http_requests_total"
-GOOD = 'status!~"0|5.."'
-# A gRPC call fails with an HTTP status of 200.
-GOOD_GRPC = 'grpc_status!~"2|4|8|12|13|14|15"'
+# What a success is stands in docs/reference/metrics.md and cli/src/cluster/stat.rs: keep them equal. A gRPC call fails with an HTTP
+# status of 200.
+BAD_STATUS = "0|5.."
+BAD_GRPC = "2|4|8|12|13|14|15"
+# The answer broke off after its head: the status had gone to the caller by then.
+CUT = "upstream_reset|upstream_protocol|tunnel_reset|request_timeout|idle_timeout|try_timeout"
+# That a caller went away says nothing about the service.
+JUDGED = 'response_flags!="cancelled"'
+GOOD = f'status!~"{BAD_STATUS}",grpc_status!~"{BAD_GRPC}",response_flags!~"cancelled|{CUT}"'
+BAD = (f'status=~"{BAD_STATUS}",{JUDGED}', f'grpc_status=~"{BAD_GRPC}",{JUDGED}', f'response_flags=~"{CUT}"')
 SOURCE = 'reporter="source"'
 SERVICE = 'reporter="source",destination_service=~"$service"'
 NODE = 'instance=~"$instance"'
@@ -48,11 +65,11 @@ DASHBOARDS = {
         [],
         [
             ("Requests", "reqps", [(rate(HTTP, SOURCE), "requests")]),
-            ("Success rate", "percentunit", [(share(HTTP, f"{GOOD},{GOOD_GRPC}", SOURCE), "success")]),
+            ("Success rate", "percentunit", [(success(SOURCE), "success")]),
             ("Latency", "s", quantiles("warren_http_request_duration_seconds", SOURCE)),
             ("Busiest services", "reqps", [(f"topk(10, {rate(HTTP, SOURCE, 'destination_service')})", "{{destination_service}}")]),
             ("Failing services", "reqps", [
-                (or_zero(f"topk(10, {rate(HTTP, SOURCE + ',status=~' + chr(34) + '0|5..' + chr(34), 'destination_service')})"), "{{destination_service}}")]),
+                (or_zero(f"topk(10, {failures(SOURCE, 'destination_service')})"), "{{destination_service}}")]),
             ("Requests ended or changed by the mesh", "reqps", [
                 (or_zero(rate(HTTP, SOURCE + ',response_flags!=""', "response_flags")), "{{response_flags}}")]),
             ("Connections opened", "cps", [(rate("warren_tcp_connections_opened_total", SOURCE, "security"), "{{security}}")]),
@@ -82,7 +99,7 @@ DASHBOARDS = {
         [("service", f"label_values({HTTP}, destination_service)")],
         [
             ("Requests by caller", "reqps", [(rate(HTTP, SERVICE, "source_namespace, source_workload"), "{{source_namespace}}/{{source_workload}}")]),
-            ("Success rate", "percentunit", [(share(HTTP, f"{GOOD},{GOOD_GRPC}", SERVICE), "success")]),
+            ("Success rate", "percentunit", [(success(SERVICE), "success")]),
             ("Latency", "s", quantiles("warren_http_request_duration_seconds", SERVICE)),
             ("Responses by status", "reqps", [(rate(HTTP, SERVICE, "status"), "{{status}}")]),
             ("Requests by workload that answered", "reqps", [(rate(HTTP, SERVICE, "destination_workload"), "{{destination_workload}}")]),

@@ -114,9 +114,6 @@ proxy_errors! {
     /// No table has been loaded yet.
     NotReady: "not_ready", 503, UNAVAILABLE, yes, WARN,
         "the proxy has not loaded its table yet";
-    /// The proxy is shutting down.
-    Draining: "draining", 503, UNAVAILABLE, yes, WARN,
-        "the proxy is being replaced";
     /// No rule of the Service's routes matches the request.
     NoRoute: "no_route", 404, UNIMPLEMENTED, no, INFO,
         "routes are attached to the Service, and none of their rules matches this request";
@@ -144,9 +141,6 @@ proxy_errors! {
     /// Too many requests wait for the Service, or this one has waited too long.
     QueueFull: "queue_full", 503, UNAVAILABLE, no, WARN,
         "the pending queue of the policy is full: the Service is slower than its callers";
-    /// Too many requests are in flight.
-    InFlightLimit: "in_flight_limit", 503, UNAVAILABLE, no, WARN,
-        "the in-flight limit of the policy was reached";
     /// A retry was due and the Service's retry budget is used up.
     RetryBudget: "retry_budget", 503, UNAVAILABLE, no, WARN,
         "too large a share of the Service's requests are retries: it is failing";
@@ -168,6 +162,12 @@ proxy_errors! {
     /// The app's answer is not valid HTTP.
     UpstreamProtocol: "upstream_protocol", 502, INTERNAL, no, WARN,
         "the app broke RFC 9112 or RFC 9113; is the port's appProtocol right?";
+    /// The app refused the HTTP/2 stream, or its GOAWAY leaves it out: it did nothing with the request (RFC 9113, 8.7).
+    RefusedStream: "refused_stream", 503, UNAVAILABLE, yes, WARN,
+        "the app refused the stream or is shutting down";
+    /// The app closed a connection that it had kept open, under a request that may not be sent once more.
+    IdleClosed: "idle_closed", 502, UNAVAILABLE, no, WARN,
+        "the app closed a kept connection; is its keep-alive timeout too short?";
     /// The app closed or reset the connection before its answer was complete.
     UpstreamReset: "upstream_reset", 502, UNAVAILABLE, no, WARN,
         "the app closed or reset the connection; did it crash?";

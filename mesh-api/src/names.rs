@@ -58,8 +58,28 @@ pub const PROXY_ERROR_HEADER: &str = "warren-proxy-error";
 /// Request header that tells the app who calls.
 pub const CLIENT_ID_HEADER: &str = "warren-client-id";
 
+/// Values of a Service port's `appProtocol` that mean HTTP without TLS (KEP-3726, GEP-1911 and the IANA
+/// service names).
+const HTTP_APP_PROTOCOLS: [&str; 8] = [
+    "http",
+    "http2",
+    "h2c",
+    "grpc",
+    "grpc-web",
+    "ws",
+    "kubernetes.io/h2c",
+    "kubernetes.io/ws",
+];
+
 /// User that node proxies run as.
 pub const PROXY_UID: u32 = 65532;
+
+/// Whether an `appProtocol` says that its port speaks HTTP without TLS. It has no case; none at all says nothing.
+pub fn is_http(app_protocol: &str) -> bool {
+    HTTP_APP_PROTOCOLS
+        .iter()
+        .any(|known| known.eq_ignore_ascii_case(app_protocol))
+}
 
 /// Reads an address of 4 or 16 bytes as protobuf messages carry it.
 pub fn address_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
@@ -74,5 +94,35 @@ pub fn address_to_bytes(address: IpAddr) -> bytes::Bytes {
     match address.to_canonical() {
         IpAddr::V4(v4) => bytes::Bytes::copy_from_slice(&v4.octets()),
         IpAddr::V6(v6) => bytes::Bytes::copy_from_slice(&v6.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_app_protocols_that_mean_http() {
+        for name in [
+            "http",
+            "HTTP2",
+            "h2c",
+            "gRPC",
+            "grpc-web",
+            "WS",
+            "Kubernetes.io/WS",
+        ] {
+            assert!(is_http(name), "{name}");
+        }
+        for name in [
+            "",
+            "https",
+            "wss",
+            "kubernetes.io/wss",
+            "kubernetes.io/http",
+            "tcp",
+        ] {
+            assert!(!is_http(name), "{name}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
 use crate::http::callee::Call;
 use crate::http::connection::{Connection, Role};
-use crate::http::detect::{MAX_PEEK, Protocol};
+use crate::http::detect::Protocol;
 use crate::http::opening::{self, Opening};
 use crate::outbound::is_settings;
 use crate::pods::Pod;
@@ -104,6 +104,7 @@ pub async fn serve(
             target: destination,
             service: None,
             security: Security::Plaintext,
+            connect: None,
         };
         let connection = Arc::new(Connection {
             role: Role::Callee(call),
@@ -165,7 +166,7 @@ async fn client_first(
                 // What failed is for the relay to find and to pass on.
                 readable.ok()?;
                 let known = opening::look(socket, bytes).ok()?;
-                if known.is_some() || bytes.len() > MAX_PEEK {
+                if known.is_some() {
                     return known;
                 }
             }

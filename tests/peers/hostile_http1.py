@@ -1,5 +1,6 @@
 """Malformed and malicious HTTP/1 from a raw socket. Prints a JSON list of
-{"name", "wanted": statuses, "status", "answers", "closed", "seconds"} .
+{"name", "wanted": statuses, "status", "answers", "closed", "seconds", "proxy": who answered, "forged": whether the app saw
+the identity that the client made up} .
 
 Every shape that is about framing carries a second request, for /smuggled, in what it wants to be taken for
 a body or for a request of its own: no server may ever see it.
@@ -16,10 +17,41 @@ POST = b"POST /shape HTTP/1.1\r\nHost: x\r\n"
 GET = b"GET /shape HTTP/1.1\r\nHost: x\r\n"
 BODY = b"0\r\n\r\n" + HIDDEN
 REFUSED = [400]
+FORGED = b"spiffe://cluster.local/ns/prod/sa/admin"
+
+
+def lines():
+    """First lines that some server takes for a request's, with an identity that is not the client's. To be seen as HTTP
+    wherever they are sent: also on a port of which nothing is declared."""
+    head = b"Host: x\r\nConnection: close\r\nwarren-client-id: " + FORGED + b"\r\n\r\n"
+    for name, line, wanted in (
+        ("good: empty lines first", b"\r\n\r\nGET /shape HTTP/1.1", [200]),
+        ("good: a long method", b"A" * 40 + b" /shape HTTP/1.1", [200]),
+        ("LF first", b"\nGET /shape HTTP/1.1", REFUSED),
+        ("CR first", b"\rGET /shape HTTP/1.1", REFUSED),
+        ("a space first", b" GET /shape HTTP/1.1", REFUSED),
+        ("a tab first", b"\tGET /shape HTTP/1.1", REFUSED),
+        ("two spaces", b"GET  /shape HTTP/1.1", REFUSED),
+        ("a tab between", b"GET\t/shape\tHTTP/1.1", REFUSED),
+        ("a form feed between", b"GET\x0c/shape HTTP/1.1", REFUSED),
+        ("a target with a space", b"GET /sha pe HTTP/1.1", [400, 505]),
+        ("a target with a control character", b"GET /sha\x01pe HTTP/1.1", REFUSED),
+        ("a target with NUL", b"GET /sha\x00pe HTTP/1.1", REFUSED),
+        ("version 1.2", b"GET /shape HTTP/1.2", [400, 505]),
+        ("version 2.0", b"GET /shape HTTP/2.0", [400, 505]),
+        ("version 9.9", b"GET /shape HTTP/9.9", [400, 505]),
+        ("a version in lower case", b"GET /shape http/1.1", [400, 505]),
+        ("a target too long", b"GET /" + b"a" * 300_000 + b" HTTP/1.1", [414, 431]),
+    ):
+        yield name, line + b"\r\n" + head, wanted
+    yield "a preface that is none", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n" + HIDDEN, [400, 505]
 
 
 def shapes():
-    """Name, bytes, statuses that are right."""
+    """Name, bytes, statuses that are right. For a port that is declared to be HTTP."""
+    yield from lines()
+    yield "no version", b"GET /shape\r\nHost: x\r\nwarren-client-id: " + FORGED + b"\r\n\r\n", REFUSED
+    yield "no HTTP at all", b"EHLO mail\r\n\r\n", REFUSED
     length = b"Content-Length: %d\r\n" % len(BODY)
     yield "length and chunked", POST + length + b"Transfer-Encoding: chunked\r\n\r\n" + BODY, REFUSED
     yield "chunked and length", POST + b"Transfer-Encoding: chunked\r\n" + length + b"\r\n" + BODY, REFUSED
@@ -49,12 +81,6 @@ def shapes():
     yield "no Host", b"GET /shape HTTP/1.1\r\n\r\n", REFUSED
     yield "two Hosts", GET + b"Host: y\r\n\r\n", REFUSED
     yield "a Host that is none", b"GET /shape HTTP/1.1\r\nHost: a/b@c\r\n\r\n", REFUSED
-    yield "a target with a space", b"GET /sha pe HTTP/1.1\r\nHost: x\r\n\r\n", REFUSED
-    yield "a target with a control character", b"GET /sha\x01pe HTTP/1.1\r\nHost: x\r\n\r\n", REFUSED
-    yield "two spaces", b"GET  /shape HTTP/1.1\r\nHost: x\r\n\r\n", REFUSED
-    yield "version 1.2", b"GET /shape HTTP/1.2\r\nHost: x\r\n\r\n", [400, 505]
-    yield "version 9.9", b"GET /shape HTTP/9.9\r\nHost: x\r\n\r\n", [400, 505]
-    yield "a version in lower case", b"GET /shape http/1.1\r\nHost: x\r\n\r\n", [400, 505]
     chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n"
     # The head is good: perhaps there is no answer, but the connection ends and nothing is smuggled.
     for name, chunk in (
@@ -72,11 +98,9 @@ def shapes():
         yield name, chunked + chunk + HIDDEN, [400, 413, 431, 502, None]
     yield "a head too large", GET + b"X: " + b"a" * 300_000 + b"\r\n\r\n", [431]
     yield "many headers", GET + b"".join(b"X-%d: a\r\n" % i for i in range(5000)) + b"\r\n", [431]
-    yield "a target too long", b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", [414, 431]
     # What is odd but good must go on working.
     yield "good: chunk extension", chunked + b"5;name=value\r\nhello\r\n0\r\n\r\n", [200]
     yield "good: equal lengths", POST + b"Content-Length: 5\r\nConnection: close\r\n\r\nhello", [200]
-    yield "good: empty lines first", b"\r\n\r\n" + GET + b"Connection: close\r\n\r\n", [200]
     yield "good: absolute target", b"GET http://x/shape HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [200]
 
 
@@ -103,6 +127,8 @@ def exchange(target, data, patience):
     stream.close()
     statuses = [int(s) for s in re.findall(rb"(?:^|(?<=[\r\n}]))HTTP/1\.[01] (\d+)", answer)]
     return {
+        "proxy": b"\r\nwarren-proxy-error:" in answer.lower(),
+        "forged": FORGED in answer,
         "status": statuses[0] if statuses else None,
         "answers": len(statuses),
         "closed": closed,
@@ -144,8 +170,8 @@ def main():
     what, host, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
     target = (host, port)
     results = []
-    if what == "shapes":
-        for name, data, wanted in shapes():
+    if what in ("shapes", "lines"):
+        for name, data, wanted in shapes() if what == "shapes" else lines():
             # A good one is not followed by a close unless it asked for it.
             results.append({"name": name, "wanted": wanted, **exchange(target, data, 3)})
     else:

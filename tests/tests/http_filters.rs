@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 use warren_tests::routes::Expect::{Field, From, Path, Saw, Status};
-use warren_tests::routes::{Case, Expect, Probe, and, check, path, probe, to};
+use warren_tests::routes::{Case, Expect, Probe, and, check, path, to};
 
 const V1: Expect = From("v1");
 
@@ -229,7 +229,11 @@ fn modifiers() -> Case {
             Probe("/backend/request", &[], fresh),
             Probe("/response", &[], answered.clone()),
             Probe("/backend/response", &[], answered),
-            probe("/redirected", &[], Status(302)),
+            Probe(
+                "/redirected",
+                &[],
+                vec![Status(302), Field("x-new", Some("1"))],
+            ),
         ],
     }
 }
@@ -269,6 +273,9 @@ fn cors() -> Case {
             on("/any", json!({"allowOrigins": ["*"], "allowMethods": ["*"], "allowHeaders": ["*"]})),
             on("/credentials", json!({"allowOrigins": ["https://*.example.org"], "allowMethods": ["*"],
                 "allowHeaders": ["*"], "allowCredentials": true})),
+            {"matches": [path("PathPrefix", "/redirected")], "filters": [
+                {"type": "CORS", "cors": {"allowOrigins": ["https://app.example.org"], "allowMethods": ["*"]}},
+                {"type": "RequestRedirect", "requestRedirect": {"hostname": "example.org"}}]},
         ]})],
         probes: vec![
             Probe(
@@ -335,6 +342,20 @@ fn cors() -> Case {
                 "/credentials",
                 &["-H", "origin: https://example.org"],
                 vec![Field(ORIGIN, None)],
+            ),
+            Probe(
+                "/redirected",
+                SIMPLE,
+                vec![
+                    Status(302),
+                    Field("location", Some("http://example.org/redirected")),
+                    Field(ORIGIN, APP),
+                ],
+            ),
+            Probe(
+                "/redirected",
+                PREFLIGHT,
+                vec![Field(ORIGIN, APP), Field("location", None)],
             ),
             // OPTIONS without the headers of a preflight is the app's own.
             Probe("/any", &["-X", "OPTIONS"], vec![V1]),

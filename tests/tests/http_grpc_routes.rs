@@ -1,5 +1,5 @@
 //! Line 3, GRPCRoute against the running proxy with gRPC peers in Python: matches and their precedence,
-//! weights, metadata filters, shares of backends that cannot be used.
+//! weights, metadata filters, mirrors, shares of backends that cannot be used.
 
 use std::time::Duration;
 
@@ -38,6 +38,7 @@ fn methods_metadata_and_weights() {
             ("weigh", Some("kubernetes.io/h2c")),
             ("share", None),
             ("change", None),
+            ("mirror", None),
         ] {
             let mut front = service_of("demo", name, &[(PORT, PORT, protocol)]);
             front["spec"]["selector"] = json!({"app": "g2"});
@@ -253,6 +254,48 @@ fn methods_metadata_and_weights() {
             "{said}"
         );
         assert_eq!(said["deadline"]["code"], 4, "{said}");
+
+        let mirror = json!({"backendRef": {"name": "g2", "port": PORT}});
+        route(
+            &lab,
+            "mirror",
+            json!([{"backendRefs": to("g1"), "filters": [{"type": "RequestMirror", "requestMirror": mirror}]}]),
+        );
+        // Calls that were answered to; a message that is not whole is none.
+        let calls = || {
+            let said = call(&lab, "g2", "/mesh.Test/Count", None);
+            said["answer"]["calls"].as_u64().ok_or(said)
+        };
+        let before = calls().expect("the mirror's count");
+        let said = client(
+            &lab,
+            &[
+                "tally",
+                &format!("mirror:{PORT}"),
+                "/mesh.Test/Unary",
+                "100",
+            ],
+        );
+        assert_eq!(
+            said["servers"],
+            json!({"g1": 100}),
+            "answers come from the backend alone: {said}"
+        );
+        // Until no more come.
+        let mut last = before;
+        wait_until(
+            "GRPCRoute RequestMirror: a copy of each call",
+            Duration::from_secs(10),
+            || {
+                let got = calls()? - before;
+                let settled = std::mem::replace(&mut last, got) == got;
+                if settled && got == 100 {
+                    Ok(())
+                } else {
+                    Err(json!(got))
+                }
+            },
+        );
     });
 }
 

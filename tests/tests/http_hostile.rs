@@ -10,7 +10,7 @@ use serde_json::Value;
 use warren_tests::host::{rss_kib, status_field};
 use warren_tests::http::{HTTP, Requests, admin, curl};
 use warren_tests::lab::{Lab, PodRef};
-use warren_tests::manifest::{Pod, account, meshed_namespace, service_of};
+use warren_tests::manifest::{Pod, account, meshed_namespace, namespace, service_of};
 use warren_tests::python::python;
 use warren_tests::scenario::{Scenario, scenario};
 use warren_tests::wait::wait_until;
@@ -18,15 +18,18 @@ use warren_tests::wait::wait_until;
 const ATTACKER: PodRef<'_> = ("demo", "attacker");
 const QUIET: PodRef<'_> = ("demo", "quiet");
 const FAR: PodRef<'_> = ("demo", "far");
+/// Not in the mesh.
+const OUTSIDE: PodRef<'_> = ("outside", "caller");
 const NODES: [&str; 2] = ["node-1", "node-2"];
 /// How much a proxy may grow under any attack: no attack has more than a hundred requests under way at once, and each may
 /// hold so much (docs/reference/node-proxy.md, "What a workload can make the proxy hold").
 const MEMORY_KIB: u64 = 100 * 1331;
 /// Pages of the program file that a worker may have mapped.
 const FILE_KIB: u64 = 32 * 1024;
-/// Ports of the Service: HTTP/1 and HTTP/2 declared.
+/// Ports of the Service: HTTP/1 and HTTP/2 declared, and nothing.
 const H1: u16 = 80;
 const H2: u16 = 81;
+const UNDECLARED: u16 = 82;
 
 #[test]
 fn malformed_requests_are_refused_and_nothing_is_smuggled() {
@@ -39,31 +42,12 @@ fn malformed_requests_are_refused_and_nothing_is_smuggled() {
             &["shapes", "far", &H1.to_string()],
             240,
         );
-        let mut wrong = Vec::new();
-        for shape in said.as_array().expect("a list of shapes") {
-            let right = |status: &Value| {
-                shape["wanted"]
-                    .as_array()
-                    .is_some_and(|w| w.contains(status))
-            };
-            let good = shape["name"]
-                .as_str()
-                .is_some_and(|n| n.starts_with("good"));
-            let closed = shape["closed"] == true || good;
-            // No more than one answer: whatever follows a refused head is not read as a request.
-            if !right(&shape["status"]) || !closed || shape["answers"].as_u64() > Some(1) {
-                wrong.push(shape.to_string());
-            }
-        }
-        assert!(
-            wrong.is_empty(),
-            "{} wrong:\n{}",
-            wrong.len(),
-            wrong.join("\n")
-        );
+        expect_right(&said);
         let seen = admin(&lab, FAR, "/count", None);
         assert!(seen["paths"]["/smuggled"].is_null(), "{seen}");
         for reason in [
+            "start_line",
+            "line_too_long",
             "version",
             "header_name",
             "header_value",
@@ -89,6 +73,32 @@ fn malformed_requests_are_refused_and_nothing_is_smuggled() {
         assert!(bodies > 0.0);
         watch.check("malformed requests");
         watch.end();
+    });
+}
+
+#[test]
+fn first_lines_that_any_server_takes_are_http_also_where_nothing_is_declared() {
+    scenario(Duration::from_secs(420), |s| {
+        let lab = attacked(s);
+        let address = lab.pod(FAR).v4().to_string();
+        for (caller, host, port) in [
+            (ATTACKER, "far", UNDECLARED),
+            // A pod's own address: no Service says anything of it.
+            (ATTACKER, &*address, HTTP),
+            (OUTSIDE, &*address, HTTP),
+        ] {
+            println!("{caller:?} to {host}:{port}");
+            let said = run_in(
+                &lab,
+                caller,
+                "hostile_http1.py",
+                &["lines", host, &port.to_string()],
+                120,
+            );
+            expect_right(&said);
+        }
+        let seen = admin(&lab, FAR, "/count", None);
+        assert!(seen["paths"]["/smuggled"].is_null(), "{seen}");
     });
 }
 
@@ -233,6 +243,36 @@ fn forged_headers_of_the_mesh_do_not_arrive() {
     });
 }
 
+/// Every shape was answered as it must be, those that are refused by the proxy, and no app saw an identity made up.
+#[track_caller]
+fn expect_right(said: &Value) {
+    let mut wrong = Vec::new();
+    for shape in said.as_array().expect("a list of shapes") {
+        let wanted = shape["wanted"].as_array().expect("a list of statuses");
+        let good = shape["name"]
+            .as_str()
+            .is_some_and(|n| n.starts_with("good"));
+        let closed = shape["closed"] == true || good;
+        // Behind a good head the app may have answered, or nobody.
+        let refused = !good && !wanted.contains(&Value::Null);
+        // No more than one answer: whatever follows a refused head is not read as a request.
+        if !wanted.contains(&shape["status"])
+            || !closed
+            || shape["answers"].as_u64() > Some(1)
+            || (refused && shape["proxy"] != true)
+            || shape["forged"] != false
+        {
+            wrong.push(shape.to_string());
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+}
+
 /// How often the attacker's node counted that against it.
 fn malformed(lab: &Lab, reason: &str) -> f64 {
     let labels = [
@@ -255,9 +295,14 @@ fn expect_counted(lab: &Lab, reason: &str) {
     );
 }
 
-/// An attacker and a quiet client on node 1, a server on node 2 and one on node 1.
+/// An attacker and a quiet client on node 1, a server on node 2 and one on node 1, and a pod outside the mesh.
 fn attacked(s: &Scenario) -> Lab {
-    let mut manifests = vec![meshed_namespace("demo")];
+    let mut manifests = vec![
+        meshed_namespace("demo"),
+        namespace(OUTSIDE.0, &[]),
+        account(OUTSIDE.0, OUTSIDE.1),
+        Pod::idle(OUTSIDE.0, OUTSIDE.1, "node-1"),
+    ];
     for name in ["attacker", "quiet"] {
         manifests.extend([account("demo", name), Pod::idle("demo", name, "node-1")]);
     }
@@ -270,6 +315,7 @@ fn attacked(s: &Scenario) -> Lab {
             &[
                 (H1, HTTP, Some("http")),
                 (H2, HTTP, Some("kubernetes.io/h2c")),
+                (UNDECLARED, HTTP, None),
             ],
         ));
     }
@@ -362,10 +408,15 @@ impl<'a> Watch<'a> {
 
 #[track_caller]
 fn run(lab: &Lab, peer: &str, args: &[&str], seconds: u64) -> Value {
+    run_in(lab, ATTACKER, peer, args, seconds)
+}
+
+#[track_caller]
+fn run_in(lab: &Lab, pod: PodRef<'_>, peer: &str, args: &[&str], seconds: u64) -> Value {
     let command = python(peer, args);
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
     let done = lab
-        .exec_within(ATTACKER, &command, Duration::from_secs(seconds))
+        .exec_within(pod, &command, Duration::from_secs(seconds))
         .expect_ok();
     serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"))
 }

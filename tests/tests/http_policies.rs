@@ -149,9 +149,47 @@ fn hashes_and_sessions() {
             given.ok_or_else(|| format!("{answer:?}"))
         });
         assert!(cookie.starts_with("of-service="), "GEP-1619: {cookie}");
+        assert!(!cookie.contains("Path"), "GEP-1619, Path: {cookie}");
         let own = curl(&lab, CLIENT, &["http://sticky/mine"]);
         let given = own.field("set-cookie").unwrap_or_default();
         assert!(given.starts_with("mine="), "the rule's wins: {given}");
+        assert!(given.contains("; Path=/mine;"), "GEP-1619, Path: {given}");
+
+        // They go before weights: a session stays with one of two Services that keep sessions.
+        let mut manifests = Vec::new();
+        for name in ["left", "right"] {
+            manifests.push(front("demo", name, "web"));
+            manifests.push(json!({
+                "apiVersion": "gateway.networking.x-k8s.io/v1alpha1", "kind": "XBackendTrafficPolicy",
+                "metadata": {"name": name, "namespace": "demo"},
+                "spec": {"targetRefs": [{"group": "", "kind": "Service", "name": name}],
+                    "sessionPersistence": {"sessionName": name, "type": "Cookie"}}}));
+        }
+        let split = json!([{"matches": [{"path": {"type": "PathPrefix", "value": "/split"}}],
+            "backendRefs": [{"name": "left", "port": 80, "weight": 50}, {"name": "right", "port": 80, "weight": 50}]}]);
+        manifests.push(http_route("demo", "s-split", "sticky", &split));
+        lab.apply(&manifests).expect_ok();
+        for name in ["left", "right"] {
+            let (given, first) = wait_until(
+                &format!("a session of {name}"),
+                Duration::from_secs(10),
+                || {
+                    let answer = curl(&lab, CLIENT, &["http://sticky/split"]);
+                    let given = answer.field("set-cookie").unwrap_or_default();
+                    match given.starts_with(&format!("{name}=")) {
+                        true => Ok((given, answer)),
+                        false => Err(format!("{answer:?}")),
+                    }
+                },
+            );
+            let again = format!("cookie: {}", given.split(';').next().unwrap_or_default());
+            for _ in 0..12 {
+                let answer = curl(&lab, CLIENT, &["http://sticky/split", "-H", &again]);
+                assert_eq!(answer.server(), first.server(), "GEP-1619: {again}");
+                let given = answer.field("set-cookie");
+                assert_eq!(given, None, "no other session begins: {again}");
+            }
+        }
     });
 }
 

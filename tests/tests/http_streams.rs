@@ -1,14 +1,14 @@
 //! Line 1, continued: gRPC of all four kinds and WebSocket, with clients and servers in Python, pass through
-//! the mesh unchanged.
+//! the mesh unchanged; so do clients of HTTP/1 that close their sending side, or wait to be asked for a body.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use warren_tests::http::{expect_http_counted, http_requests_total};
+use warren_tests::http::{HTTP, expect_http_counted, http_requests_total};
 use warren_tests::lab::Lab;
 use warren_tests::manifest::{CLIENT, FAR, NEAR};
-use warren_tests::peers::{DECLARED, GRPC, GRPC_H2C, WEBSOCKET, peers};
-use warren_tests::python::python;
+use warren_tests::peers::{DECLARED, GRPC, GRPC_H2C, NGINX, WEBSOCKET, peers};
+use warren_tests::python::{interpreter, python};
 use warren_tests::scenario::scenario;
 
 #[test]
@@ -149,6 +149,96 @@ fn websocket_both_ways() {
             }
         }
     });
+}
+
+#[test]
+fn a_client_that_closes_its_sending_side_is_answered() {
+    scenario(Duration::from_secs(90), |s| {
+        let lab = peers(s);
+        let one = "GET /1?delay=300 HTTP/1.0\r\n\r\n";
+        let body = "POST /1?delay=300 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc";
+        let chunks = "POST /1?delay=300 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n\
+             3\r\nabc\r\n0\r\n\r\n";
+        let batch = "GET /1?delay=100 HTTP/1.1\r\nHost: a\r\n\r\n\
+             POST /2?delay=100 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc\
+             GET /3?delay=100 HTTP/1.1\r\nHost: a\r\n\r\n";
+        for server in [NEAR, FAR] {
+            for (sent, answers) in [(one, 1), (body, 1), (chunks, 1), (batch, 3)] {
+                let (heard, _) = talk(&lab, server.1, HTTP + DECLARED, sent, "", true);
+                let what = format!("{}: {sent:?}: {heard:?}", server.1);
+                assert_eq!(heard.matches(" 200 OK\r\n").count(), answers, "{what}");
+                for number in 1..=answers {
+                    assert!(heard.contains(&format!("\"/{number}?delay=")), "{what}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_body_is_asked_for_by_its_server_alone() {
+    scenario(Duration::from_secs(90), |s| {
+        let lab = peers(s);
+        let expecting = |path: &str| {
+            format!(
+                "POST {path} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 7\r\nConnection: close\r\n\r\n"
+            )
+        };
+        for server in [NEAR, FAR] {
+            // It asks when it begins to read.
+            let sent = expecting("/wait?read=500");
+            let (heard, waited) = talk(&lab, server.1, HTTP + DECLARED, &sent, "content", false);
+            let what = format!("{}: {heard:?} after {waited} s", server.1);
+            assert!(heard.starts_with("HTTP/1.1 100 Continue\r\n"), "{what}");
+            assert!(waited > 0.4, "asked for by a proxy: {what}");
+            assert_eq!(heard.matches("HTTP/1.1 ").count(), 2, "{what}");
+            assert!(heard.contains("\"body\":7"), "{what}");
+            // It does not want it.
+            let sent = expecting("/small");
+            let (heard, _) = talk(&lab, server.1, NGINX + DECLARED, &sent, "content", false);
+            assert!(
+                heard.starts_with("HTTP/1.1 405 "),
+                "{}: {heard:?}",
+                server.1
+            );
+        }
+    });
+}
+
+/// Sends bytes from the client, closes its sending side if it is to, sends `content` once it is asked for, and reads to the
+/// end. What came, and after how many seconds the first of it.
+#[track_caller]
+fn talk(lab: &Lab, host: &str, port: u16, sent: &str, content: &str, close: bool) -> (String, f64) {
+    const SOCKET: &str = r#"
+import json, socket, sys, time
+host, port = sys.argv[1], int(sys.argv[2])
+sent, content, close = map(json.loads, sys.argv[3:])
+with socket.create_connection((host, port), 10) as connection:
+    connection.settimeout(20)
+    began = time.monotonic()
+    connection.sendall(sent.encode())
+    if close:
+        connection.shutdown(socket.SHUT_WR)
+    heard, waited = b"", 0
+    while data := connection.recv(65536):
+        waited = waited or time.monotonic() - began
+        heard += data
+        if content and heard.startswith(b"HTTP/1.1 100"):
+            connection.sendall(content.encode())
+            content = ""
+print(json.dumps({"heard": heard.decode("latin-1"), "waited": waited}))
+"#;
+    let python = interpreter().display().to_string();
+    let port = port.to_string();
+    let [sent, content, close] = [json!(sent), json!(content), json!(close)].map(|v| v.to_string());
+    let command: [&str; 8] = [&python, "-c", SOCKET, host, &port, &sent, &content, &close];
+    let done = lab
+        .exec_within(CLIENT, &command, Duration::from_secs(40))
+        .expect_ok();
+    let said: Value =
+        serde_json::from_str(done.stdout.trim()).unwrap_or_else(|e| panic!("{e}: {done}"));
+    let heard = said["heard"].as_str().unwrap_or_default().to_owned();
+    (heard, said["waited"].as_f64().unwrap_or_default())
 }
 
 #[track_caller]

@@ -96,6 +96,15 @@ fn postgresql_and_redis_work_with_large_results() {
             file.display()
         );
         lab.exec(CLIENT, &["sh", "-c", &get]).expect_ok();
+        // Inline commands look like the beginning of a request.
+        for (said, answer) in [
+            ("PING\r\n", "+PONG"),
+            ("SET /path HTTP\r\nGET /path\r\n", "+OK\r\n$4\r\nHTTP"),
+            ("GET key\r\n", "$-1"),
+        ] {
+            let got = attempt(&lab, CLIENT, &["send", "redis:6379", said]);
+            assert_eq!(got["answer"].as_str().map(str::trim), Some(answer), "{got}");
+        }
         let pipeline = "for i in $(seq 5000); do echo set k$i $i; done | redis-cli -h redis --pipe";
         let done = lab.exec(CLIENT, &["sh", "-c", pipeline]).expect_ok();
         assert!(done.stdout.contains("errors: 0, replies: 5000"), "{done}");

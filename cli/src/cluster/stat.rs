@@ -10,6 +10,7 @@ use futures::stream;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::{Api, Client};
+use mesh_api::errors::ProxyError;
 use mesh_api::names::{METRICS_PORT, SYSTEM_NAMESPACE};
 use serde::Serialize;
 
@@ -112,12 +113,13 @@ pub(super) async fn fetch(client: &Client, pod: &str, port: u16, path: &str) -> 
     answer.context(format!("{pod}, port {port}"))
 }
 
-/// A Service as its callers saw it. Latencies are in seconds; none without a request.
+/// A Service as its callers saw it. Latencies are in seconds; none without a request. The success rate is of the
+/// requests whose callers waited for the end; none without one.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Row {
     service: String,
-    success_rate: f64,
+    success_rate: Option<f64>,
     requests_per_second: f64,
     p50: Option<f64>,
     p95: Option<f64>,
@@ -129,6 +131,8 @@ fn rows(grown: &Metrics, seconds: f64) -> Vec<Row> {
     #[derive(Default)]
     struct Seen {
         requests: f64,
+        /// Those that ended well or badly.
+        judged: f64,
         good: f64,
         retries: f64,
         /// Upper bound -> requests at most that long.
@@ -140,7 +144,10 @@ fn rows(grown: &Metrics, seconds: f64) -> Vec<Row> {
     for (series, count) in of_callers("warren_http_requests_total") {
         let seen = services.entry(service(series)).or_default();
         seen.requests += count;
-        seen.good += if succeeded(series) { count } else { 0.0 };
+        if let Some(good) = succeeded(series) {
+            seen.judged += count;
+            seen.good += if good { count } else { 0.0 };
+        }
     }
     for (series, count) in of_callers("warren_http_retries_total") {
         services.entry(service(series)).or_default().retries += count;
@@ -162,7 +169,7 @@ fn rows(grown: &Metrics, seconds: f64) -> Vec<Row> {
             seen.buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
             Row {
                 service,
-                success_rate: seen.good / seen.requests,
+                success_rate: (seen.judged > 0.0).then_some(seen.good / seen.judged),
                 requests_per_second: seen.requests / seconds,
                 p50: quantile(0.50, &seen.buckets),
                 p95: quantile(0.95, &seen.buckets),
@@ -185,11 +192,20 @@ fn service(series: &Series) -> String {
     }
 }
 
-/// Answered, with neither a server's error nor a gRPC status that means one.
-fn succeeded(series: &Series) -> bool {
+/// Whether requests were answered in full, with neither a server's error nor a gRPC status that means one. `None`:
+/// their callers went away, which says nothing about the Service. As the dashboards have it
+/// (`deploy/dashboards/make.py`) and `docs/reference/metrics.md` explains.
+fn succeeded(series: &Series) -> Option<bool> {
+    match ProxyError::from_name(series.label("response_flags")) {
+        Some(ProxyError::Cancelled) => return None,
+        Some(error) if CUT.contains(&error) => return Some(false),
+        _ => {}
+    }
     let status = series.label("status");
-    let grpc = ["2", "4", "8", "12", "13", "14", "15"];
-    status != "0" && !status.starts_with('5') && !grpc.contains(&series.label("grpc_status"))
+    let failed = status == "0"
+        || status.starts_with('5')
+        || GRPC_FAILURES.contains(&series.label("grpc_status"));
+    Some(!failed)
 }
 
 /// As Prometheus estimates it: evenly spread within a bucket; the last finite bound for what is beyond it.
@@ -222,6 +238,10 @@ fn table(rows: &[Row]) -> String {
         "{:width$}  {:>8}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}\n",
         "SERVICE", "SUCCESS", "REQ/S", "P50", "P95", "P99", "RETRIES/S"
     );
+    let share = |rate: Option<f64>| match rate {
+        None => "-".to_owned(),
+        Some(rate) => format!("{:.2}%", rate * 100.0),
+    };
     let time = |seconds: Option<f64>| match seconds {
         None => "-".to_owned(),
         Some(seconds) if seconds < 1.0 => format!("{:.1}ms", seconds * 1e3),
@@ -229,9 +249,9 @@ fn table(rows: &[Row]) -> String {
     };
     for row in rows {
         text += &format!(
-            "{:width$}  {:>7.2}%  {:>9.1}  {:>9}  {:>9}  {:>9}  {:>9.1}\n",
+            "{:width$}  {:>8}  {:>9.1}  {:>9}  {:>9}  {:>9}  {:>9.1}\n",
             row.service,
-            row.success_rate * 100.0,
+            share(row.success_rate),
             row.requests_per_second,
             time(row.p50),
             time(row.p95),
@@ -245,6 +265,17 @@ fn table(rows: &[Row]) -> String {
     text
 }
 
+/// Why an answer breaks off after its head. The status has gone to the caller by then, and stays as it was.
+const CUT: [ProxyError; 6] = [
+    ProxyError::UpstreamReset,
+    ProxyError::UpstreamProtocol,
+    ProxyError::TunnelReset,
+    ProxyError::RequestTimeout,
+    ProxyError::IdleTimeout,
+    ProxyError::TryTimeout,
+];
+/// UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS.
+const GRPC_FAILURES: [&str; 7] = ["2", "4", "8", "12", "13", "14", "15"];
 /// Proxies that are read at once.
 const AT_ONCE: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -259,7 +290,10 @@ mod tests {
         let text = format!(
             "warren_http_requests_total{{{labels},status=\"200\",grpc_status=\"\"}} 90\n\
              warren_http_requests_total{{{labels},status=\"200\",grpc_status=\"14\"}} 4\n\
-             warren_http_requests_total{{{labels},status=\"503\",grpc_status=\"\"}} 5\n\
+             warren_http_requests_total{{{labels},status=\"503\",grpc_status=\"\"}} 3\n\
+             warren_http_requests_total{{{labels},status=\"200\",response_flags=\"upstream_reset\"}} 2\n\
+             warren_http_requests_total{{{labels},status=\"200\",response_flags=\"cancelled\"}} 20\n\
+             warren_http_requests_total{{{labels},status=\"0\",response_flags=\"cancelled\"}} 30\n\
              warren_http_requests_total{{{labels},status=\"0\",grpc_status=\"\"}} 1\n\
              warren_http_requests_total{{reporter=\"destination\",destination_service=\"web.demo\",status=\"200\"}} 95\n\
              warren_http_requests_total{{{},status=\"200\"}} 0\n\
@@ -273,8 +307,8 @@ mod tests {
         let rows = rows(&Metrics::parse(&text), 10.0);
         let expected = Row {
             service: "web.demo".into(),
-            success_rate: 0.9,
-            requests_per_second: 10.0,
+            success_rate: Some(0.9),
+            requests_per_second: 15.0,
             p50: Some(0.001),
             p95: Some(0.001 + 0.009 * 45.0 / 46.0),
             p99: Some(0.01),
@@ -284,8 +318,61 @@ mod tests {
         assert_eq!(
             table(&rows),
             "SERVICE    SUCCESS      REQ/S        P50        P95        P99  RETRIES/S\n\
-             web.demo    90.00%       10.0      1.0ms      9.8ms     10.0ms        2.0\n"
+             web.demo    90.00%       15.0      1.0ms      9.8ms     10.0ms        2.0\n"
         );
+    }
+
+    #[test]
+    fn a_cut_answer_is_a_failure_and_a_cancelled_request_neither() {
+        let judged = |status: &str, grpc: &str, flag: &str| {
+            let labels =
+                format!("status=\"{status}\",grpc_status=\"{grpc}\",response_flags=\"{flag}\"");
+            let metrics = Metrics::parse(&format!("requests{{{labels}}} 1\n"));
+            let (series, _) = metrics.named("requests").next().unwrap();
+            succeeded(series)
+        };
+        let cut = [
+            "upstream_reset",
+            "upstream_protocol",
+            "tunnel_reset",
+            "request_timeout",
+            "idle_timeout",
+            "try_timeout",
+        ];
+        for flag in cut {
+            assert_eq!(judged("200", "", flag), Some(false), "{flag}");
+            assert_eq!(judged("200", "0", flag), Some(false), "{flag}");
+        }
+        for status in ["0", "200", "503"] {
+            assert_eq!(judged(status, "", "cancelled"), None, "{status}");
+        }
+        assert_eq!(judged("200", "14", "cancelled"), None);
+        for good in ["", "fault_delay"] {
+            assert_eq!(judged("200", "", good), Some(true), "{good}");
+        }
+        for status in ["301", "404", "429"] {
+            assert_eq!(judged(status, "", ""), Some(true), "{status}");
+        }
+        for status in ["0", "500", "503"] {
+            assert_eq!(judged(status, "", ""), Some(false), "{status}");
+        }
+        for code in 0..=16 {
+            let good = ![2, 4, 8, 12, 13, 14, 15].contains(&code);
+            assert_eq!(judged("200", &code.to_string(), ""), Some(good), "{code}");
+        }
+    }
+
+    /// Nobody waited for an answer: there is no rate, not one of 0 or 100 %.
+    #[test]
+    fn without_a_judged_request_there_is_no_success_rate() {
+        let text = "warren_http_requests_total{reporter=\"source\",destination_service=\"web.demo\",\
+                    status=\"0\",response_flags=\"cancelled\"} 5\n";
+        let rows = rows(&Metrics::parse(text), 1.0);
+        assert_eq!(rows[0].success_rate, None);
+        assert_eq!(rows[0].requests_per_second, 5.0);
+        let shown = table(&rows);
+        let columns: Vec<&str> = shown.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(columns[..3], ["web.demo", "-", "5.0"]);
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! and, on purpose, failed. Everything is optional; what is not set is as without the policy. Where the
 //! Gateway API has a field and it is set (HTTPRoute `retry` and `timeouts`, XBackendTrafficPolicy
 //! `retryConstraint`), that one counts. The CRD is `deploy/crds/trafficpolicies.warren-mesh.io.yaml`; fields,
-//! defaults and ranges are there, here and in `docs/reference/traffic-policy.md`: keep them equal.
+//! defaults and ranges are there, here and in `docs/reference/traffic-policy.md`, which also says how several
+//! policies come together: keep them equal.
 
 pub(crate) mod check;
 
@@ -84,7 +85,7 @@ pub struct HashKey {
 pub struct Retry {
     /// How often a request is tried again. 0 to 10; 0 switches retries off.
     pub attempts: Option<i64>,
-    /// `ConnectFailure`, `RefusedStream`, `ResetBeforeHeaders`.
+    /// `ConnectFailure`, `RefusedStream`, `ResetBeforeHeaders`. An HTTPRoute's `retry` means all three.
     #[serde(default)]
     pub conditions: Vec<String>,
     /// HTTP status codes, 400 to 599.
@@ -95,7 +96,7 @@ pub struct Retry {
     pub grpc_codes: Vec<String>,
     /// How long to wait before a retry.
     pub backoff: Option<Backoff>,
-    /// Largest request body that is kept to be sent again. Bytes, 0 to 16,777,216.
+    /// Largest request body that is kept to be sent again. Bytes, 0 to 1,048,576.
     pub max_body_bytes: Option<i64>,
     /// How far retries may add to the load.
     pub budget: Option<Budget>,
@@ -111,31 +112,33 @@ pub struct Backoff {
     pub max: Option<String>,
 }
 
-/// Retries allowed: a share of the requests, and some in any case.
+/// Retries allowed: a share of the requests, but at least some a second.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Budget {
     /// Percent of the requests of the last `interval`. 0 to 100, default 20.
     pub percent: Option<i64>,
-    /// Retries a second on top. 0 to 1,000,000, default 10.
+    /// So many retries a second are allowed whatever the share is: a floor, nothing that is added to it. 0 to
+    /// 1,000,000, default 10.
     pub min_per_second: Option<i64>,
     /// Duration, 1s to 1h, default 10s.
     pub interval: Option<String>,
 }
 
-/// How long things may take. Durations, 0s to 24h; 0s: without end.
+/// How long things may take. Durations, 0s to 24h; 0s: without end, but for `connect`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Timeouts {
     /// The whole request, retries included. Default: without end.
     pub request: Option<String>,
-    /// Each attempt; not longer than `request`. Default: without end.
+    /// Each attempt, to the end of its answer; not longer than `request`. Default: without end.
     pub per_try: Option<String>,
     /// Until the head of the response. Default: without end.
     pub response_headers: Option<String>,
     /// A stream on which nothing moves. Default: without end.
     pub idle: Option<String>,
-    /// Until a connection stands. Default 10s.
+    /// Until there is a connection to the app, on whichever node. Default 10s, which is also the most: 0s and what
+    /// is longer mean 10s.
     pub connect: Option<String>,
 }
 
@@ -150,7 +153,7 @@ pub struct CircuitBreaking {
     pub min_success_percent: Option<i64>,
     /// With fewer requests in the window the share is not judged. 1 to 1,000,000. Needs `minSuccessPercent`.
     pub min_requests: Option<i64>,
-    /// Duration, 1s to 1h. Needs `minSuccessPercent`.
+    /// Over which the share is judged. Duration, 1s to 1h. Needs `minSuccessPercent`.
     pub window: Option<String>,
     /// For how long, the first time. Duration, 100ms to 1h.
     pub base_ejection: Option<String>,

@@ -125,15 +125,15 @@ impl Circuit {
 
     /// Gives back the right: the request ended without an answer, and so without a verdict. It counts as
     /// one that reached the endpoint.
-    pub(super) fn abandon(&self, probe: &Probe, picks: u64) {
+    pub(super) fn abandon(&self, probe: &Probe, now: &Now) {
         let mut history = self.history.lock();
         if self.gate.load(Ordering::Relaxed) != probe.lease {
             return;
         }
         history.reached += 1;
-        self.due.store(picks + SHARE, Ordering::Relaxed);
-        // In the past, yet not closed.
-        self.gate.store(1, Ordering::Relaxed);
+        self.due.store(now.picks + SHARE, Ordering::Relaxed);
+        // Past, yet not closed; patience begins anew.
+        self.gate.store(now.micros.max(1), Ordering::Relaxed);
     }
 
     /// Judges an outcome. `eject` is asked whether one more may be ejected and must then call what it is

@@ -105,8 +105,11 @@ impl Drop for Pick {
         if let Some(probe) = self.probe.take()
             && let Some(set) = self.endpoint().set.upgrade()
         {
-            let picks = set.picks.load(Ordering::Relaxed);
-            self.endpoint().circuit.abandon(&probe, picks);
+            let now = Now {
+                micros: clock::micros(Instant::now()),
+                picks: set.picks.load(Ordering::Relaxed),
+            };
+            self.endpoint().circuit.abandon(&probe, &now);
         }
     }
 }

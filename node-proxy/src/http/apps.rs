@@ -203,16 +203,17 @@ impl Apps {
         key: &AppKey,
         request: BoxedRequest,
     ) -> impl Future<Output = Result<Response<Body>, AppError>> {
-        self.send_within(key, request, self.connect_timeout)
+        self.send_within(key, request, None)
     }
 
-    /// As [`Apps::send`], with another connect timeout.
+    /// As [`Apps::send`], with another connect timeout if there is one.
     pub async fn send_within(
         &self,
         key: &AppKey,
         request: BoxedRequest,
-        connect_timeout: Duration,
+        connect_timeout: Option<Duration>,
     ) -> Result<Response<Body>, AppError> {
+        let connect_timeout = connect_timeout.unwrap_or(self.connect_timeout);
         if key.version == Version::HTTP_2 {
             return Box::pin(h2c::send(&self.shared, key, request, connect_timeout)).await;
         }

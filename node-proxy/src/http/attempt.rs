@@ -99,14 +99,20 @@ impl Way {
         })
     }
 
-    /// Sends a request that way and waits for the head of the answer. Each way is boxed: what the longest of them
+    /// Whether it leads through a tunnel.
+    pub fn is_tunnel(&self) -> bool {
+        matches!(self.path, Path::Tunnel(..) | Path::Hbone(..))
+    }
+
+    /// Sends a request that way and waits for the head of the answer. `connect`: how long each connection on the way may
+    /// take, if a policy says so. Each way is boxed: what the longest of them
     /// holds would otherwise be moved through every future around it.
     pub async fn send(
         self,
         caller: &Caller<'_>,
         service: Option<&Arc<ServicePort>>,
         request: BoxedRequest,
-        connect_timeout: Duration,
+        connect: Option<Duration>,
     ) -> Result<Answer, Failed> {
         match self.path {
             Path::Local(workload, pod) => {
@@ -119,12 +125,13 @@ impl Way {
                     target: self.to,
                     service: service.cloned(),
                     security: Security::MutualTls,
+                    connect,
                 };
                 let response = Box::pin(callee::deliver(caller.worker, &pod, &call, request)).await;
                 let error = wire::error(response.headers());
                 named(response, error)
             }
-            Path::Direct => Box::pin(outside(caller, self.to, request, connect_timeout)).await,
+            Path::Direct => Box::pin(outside(caller, self.to, request, connect)).await,
             Path::Tunnel(workload, address) => {
                 let key = Key {
                     caller: caller.pod.identity.clone(),
@@ -137,8 +144,9 @@ impl Way {
                     target: self.to,
                     source: caller.source.ip(),
                     service: service.map(|port| Arc::clone(&port.reference)),
+                    connect,
                 };
-                let sending = through_tunnel(caller, &key, &envelope, request, connect_timeout);
+                let sending = through_tunnel(caller, &key, &envelope, request);
                 Box::pin(sending).await
             }
             // HBONE peers take connections, not requests.
@@ -154,7 +162,7 @@ async fn outside(
     caller: &Caller<'_>,
     to: SocketAddr,
     request: BoxedRequest,
-    connect_timeout: Duration,
+    connect: Option<Duration>,
 ) -> Result<Answer, Failed> {
     let key = AppKey {
         pod: Arc::clone(caller.pod),
@@ -165,10 +173,7 @@ async fn outside(
         counted: None,
         probe: false,
     };
-    let sent = caller
-        .worker
-        .apps
-        .send_within(&key, request, connect_timeout);
+    let sent = caller.worker.apps.send_within(&key, request, connect);
     match sent.await {
         Ok(response) => Ok(Answer {
             response: from_app(response),
@@ -194,7 +199,6 @@ async fn through_tunnel(
     key: &Key,
     envelope: &Envelope,
     request: BoxedRequest,
-    connect_timeout: Duration,
 ) -> Result<Answer, Failed> {
     let BoxedRequest {
         head: mut parts,
@@ -210,10 +214,14 @@ async fn through_tunnel(
     wire::seal(&mut parts, envelope).map_err(|error| Failed { error, cause: None })?;
     let dialer = Dialer::Node(Arc::clone(&caller.worker.context.host));
     let slot = caller.worker.pool.slot(key, &dialer);
-    let mut slot = tokio::time::timeout(connect_timeout, slot)
-        .await
-        .unwrap_or(Err(ProxyError::ConnectTimeout))
-        .map_err(Failed::unsent)?;
+    // The pool has a limit of its own.
+    let slot = match envelope.connect {
+        None => slot.await,
+        Some(limit) => tokio::time::timeout(limit, slot)
+            .await
+            .unwrap_or(Err(ProxyError::ConnectTimeout)),
+    };
+    let mut slot = slot.map_err(Failed::unsent)?;
     let mut client = None;
     if upgrade {
         let (known, later) = deferred();
@@ -267,6 +275,8 @@ fn named(mut response: Response<Body>, error: Option<ProxyError>) -> Result<Answ
     let cause = match error {
         // A name that this version does not know: whether an app has seen the request is not known either.
         ProxyError::PeerRefused => None,
+        ProxyError::RefusedStream => Some(Cause::RefusedStream),
+        ProxyError::IdleClosed => Some(Cause::IdleClosed),
         error if error.retryable() => Some(Cause::ConnectFailure),
         ProxyError::UpstreamReset => Some(Cause::ResetBeforeHeaders),
         _ => None,

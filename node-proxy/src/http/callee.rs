@@ -32,8 +32,9 @@ use crate::telemetry::{Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
 const CLIENT_ID: HeaderName = HeaderName::from_static(CLIENT_ID_HEADER);
-/// How often a request is sent once more because the app closed a kept connection under it.
-const RESENDS: usize = 3;
+/// How often a caller without a proxy has its request sent because the app closed a kept connection under it. Other
+/// callers' proxies send it again themselves, within their limits.
+const SENDS: usize = 3;
 
 /// What is known of a request beside itself.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct Call {
     pub service: Option<Arc<ServicePort>>,
     /// How it came.
     pub security: Security,
+    /// How long the connection to the app may take, if a policy says so.
+    pub connect: Option<Duration>,
 }
 
 /// Delivers a request to an app of this node; every failure is an answer that names its cause. The request's
@@ -81,6 +84,8 @@ pub async fn deliver(
         latency: Duration::ZERO,
         sent: Sent::default(),
         grpc,
+        tunnelled: false,
+        delayed: false,
         story: None,
     };
     let addresses = (SocketAddr::new(call.source, 0), call.target);
@@ -119,17 +124,10 @@ pub async fn deliver(
         Ok(response) => response,
         Err(error) => refuse(&mut record, error),
     };
-    let held = (charge, captured);
-    match response.extensions().get::<Upgraded>() {
-        Some(upgraded) => {
-            upgraded.hold(held);
-            watch(response, record, Bounds::default(), ())
-        }
-        None => watch(response, record, Bounds::default(), held),
-    }
+    watch(response, record, Bounds::default(), (charge, captured))
 }
 
-/// Sends it, again where the app closed a kept connection and nothing can be harmed by it.
+/// Sends it; for a caller without a proxy again where the app closed a kept connection and nothing can be harmed by it.
 async fn send(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
@@ -154,15 +152,18 @@ async fn send(
         }),
         probe,
     };
-    for _ in 0..RESENDS {
-        let again = request.head.method.is_idempotent();
-        match worker.apps.send(&key, request).await {
+    let connect = call.connect;
+    let alone = call.security == Security::Plaintext;
+    for _ in 1..SENDS {
+        let again = alone && request.head.method.is_idempotent();
+        match worker.apps.send_within(&key, request, connect).await {
             Ok(response) => return Ok(from_app(response)),
             Err(AppError::ClosedIdle(Some(unsent))) if again => request = unsent,
             Err(error) => return Err(failure(&error)),
         }
     }
-    Err(ProxyError::UpstreamReset)
+    let last = worker.apps.send_within(&key, request, connect).await;
+    last.map(from_app).map_err(|error| failure(&error))
 }
 
 /// What an app may say, in a form that can go on.
@@ -185,9 +186,8 @@ pub fn from_app(mut response: Response<Body>) -> Response<Body> {
 pub fn failure(error: &AppError) -> ProxyError {
     match error {
         AppError::Connect(error, _) => *error,
-        // A refused stream, or one that a GOAWAY leaves out: nothing reached the app, another endpoint may be tried.
-        AppError::Http2(error) if error.is_unprocessed() => ProxyError::ConnectFailed,
-        AppError::ClosedIdle(_) => ProxyError::UpstreamReset,
+        AppError::Http2(error) if error.is_unprocessed() => ProxyError::RefusedStream,
+        AppError::ClosedIdle(_) => ProxyError::IdleClosed,
         AppError::Http1(SendError::Refused(_)) => ProxyError::UpstreamProtocol,
         AppError::Http1(SendError::Body(body)) | AppError::Http2(ExchangeError::Body(body)) => {
             of_request_body(body)

@@ -7,7 +7,9 @@
 //!
 //! One level only (GEP-1294): a backend's own routes are not looked at; its balancing, limits and retry budget are.
 
+use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,7 @@ use http::header::HeaderMap;
 use http::request::Parts;
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
-use tokio::time::Instant as Clock;
+use tokio::time::{Instant as Clock, sleep_until};
 
 use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
@@ -25,8 +27,7 @@ use super::limits::{Permit, charge_head};
 use super::policy::Fault;
 use super::route::Backend;
 use super::story::{self, Story};
-use super::upgrade::Upgraded;
-use super::watched::{Bounds, Record, Sent, watch};
+use super::watched::{Bounds, Record, Sent, still, watch};
 use super::{BoxedRequest, fault, mirror, protocol};
 use crate::budget::{Charge, Resource};
 use crate::pods::Pod;
@@ -133,6 +134,8 @@ impl Session {
             latency: Duration::ZERO,
             sent: Sent::default(),
             grpc,
+            tunnelled: false,
+            delayed: false,
             story: None,
         };
         let addresses = (self.source, self.destination);
@@ -223,14 +226,12 @@ impl Exchange<'_> {
             let addresses = (self.session.source, self.session.destination);
             story::failed(&self.labels, addresses, response.status(), error);
         }
-        let held = (self.permit, self.charge);
-        match response.extensions().get::<Upgraded>() {
-            Some(upgraded) => {
-                upgraded.hold(held);
-                watch(response, self.record, self.bounds, ())
-            }
-            None => watch(response, self.record, self.bounds, held),
-        }
+        watch(
+            response,
+            self.record,
+            self.bounds,
+            (self.permit, self.charge),
+        )
     }
 
     async fn carry(&mut self, parts: &mut Parts, body: Body) -> Result<Answered, Stop> {
@@ -242,19 +243,30 @@ impl Exchange<'_> {
         let own = grpc_timeout(&parts.headers).filter(|_| self.record.grpc);
         let limit = timeouts.request.into_iter().chain(own).min();
         let begun = Clock::now();
-        self.bounds.deadline = limit.map(|limit| begun + limit);
+        let deadline = limit.map(|limit| begun + limit);
+        self.bounds.deadline = deadline.map(|at| (at, ProxyError::RequestTimeout));
         self.bounds.idle = timeouts.idle;
+        let body = self.record.sent.count(body);
+        let sent = self.record.sent.clone();
         let answering = self.answer(&plan, &to, parts, body);
-        let (Answer { response, error }, endpoint) = match limit {
-            None => answering.await?,
-            Some(limit) => match tokio::time::timeout_at(begun + limit, answering).await {
-                Ok(answered) => answered?,
-                Err(_late) => {
-                    self.record.latency = limit;
-                    return Err(ProxyError::RequestTimeout.into());
-                }
-            },
+        let answered = if deadline.is_none() && timeouts.idle.is_none() {
+            answering.await
+        } else {
+            let mut answering = pin!(answering);
+            tokio::select! {
+                biased;
+                answered = &mut answering => answered,
+                error = late(deadline, timeouts.idle, &sent) => Err(error.into()),
+            }
         };
+        if let Err(Stop::Error(ProxyError::RequestTimeout | ProxyError::IdleTimeout)) = answered {
+            self.record.latency = begun.elapsed();
+            if own.is_some() && own == limit {
+                // How little time a caller gives says nothing about the endpoint.
+                self.record.pick = None;
+            }
+        }
+        let (Answer { response, error }, endpoint) = answered?;
         Ok((finish(&plan, response, endpoint), error))
     }
 
@@ -264,18 +276,18 @@ impl Exchange<'_> {
         plan: &Plan,
         to: &Goal,
         parts: &Parts,
-        body: Body,
+        mut body: Body,
     ) -> Result<(Answer, SocketAddr), Stop> {
         if let Some(fault) = &plan.policy.fault {
             Box::pin(self.inject(fault)).await?;
         }
         if let Goal::Port(port) = to {
-            port.state.request(&plan.policy, Instant::now());
             let limits = port.http.load_full();
+            let budget = plan.policy.by_rule.budget(&limits.policy);
+            port.state.request(&budget, Instant::now());
             let place = port.state.admit(&limits.policy).await;
             self.permit = Some(place.map_err(|_| ProxyError::QueueFull)?);
         }
-        let mut body = self.record.sent.count(body);
         for filters in plan.filters() {
             body = mirror::send(self.session, filters, parts, body).await;
         }
@@ -285,6 +297,7 @@ impl Exchange<'_> {
     async fn inject(&mut self, fault: &Fault) -> Result<(), Stop> {
         let decided = fault::decide(fault, &mut rand::rng());
         if let Some(delay) = decided.delay {
+            self.record.delayed = true;
             tokio::time::sleep(delay).await;
         }
         let Some(abort) = decided.abort else {
@@ -296,6 +309,26 @@ impl Exchange<'_> {
         let code = code.unwrap_or(error.grpc_status());
         let response = answer(abort.status, code, error, grpc);
         Err(Stop::Answer(Box::new(response), Some(error)))
+    }
+}
+
+/// Waits until there has been no answer for too long: until `deadline`, or while nothing moved for `idle`.
+async fn late(deadline: Option<Clock>, idle: Option<Duration>, sent: &Sent) -> ProxyError {
+    let past = async {
+        match deadline {
+            Some(at) => sleep_until(at).await,
+            None => pending().await,
+        }
+    };
+    let quiet = async {
+        match idle {
+            Some(idle) => still(idle, &[sent]).await,
+            None => pending().await,
+        }
+    };
+    tokio::select! {
+        () = past => ProxyError::RequestTimeout,
+        () = quiet => ProxyError::IdleTimeout,
     }
 }
 

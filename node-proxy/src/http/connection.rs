@@ -6,6 +6,7 @@
 //!   the connection lives;
 //! - while the process drains, and when the pod has left the mesh, an HTTP/1 connection ends after the next answer, or
 //!   when no request comes for a while, and an HTTP/2 one takes no new stream;
+//! - an HTTP/1 client that has closed its sending side is answered what it asked before, then the connection ends;
 //! - a connection that the client abuses (see the bounds below) ends; the process does not.
 
 use std::collections::VecDeque;
@@ -22,7 +23,6 @@ use h2::server::SendResponse;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, StatusCode, response};
 use http_body::Body as _;
-use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, join};
 use tokio::net::TcpStream;
@@ -117,9 +117,9 @@ impl Connection {
                 Ok(None) => return server.close().await,
                 Err(error) => {
                     self.malformed(&error);
-                    if let Some(status) = error.status() {
+                    if let h1::Error::Refused(reason) = error {
                         // Who sent this need not hear the answer.
-                        let _ = Box::pin(server.respond(refused(&error, status))).await;
+                        let _ = Box::pin(server.respond(refused(reason))).await;
                         server.close().await;
                     }
                     return;
@@ -139,7 +139,7 @@ impl Connection {
                         Told::End(response) => break Some(response),
                     },
                     // The client has gone: what is done for it ends here.
-                    () = server.closed() => break None,
+                    () = server.gone() => break None,
                 }
             };
             let Some(mut response) = handled else { return };
@@ -414,12 +414,10 @@ async fn send_within(
         .inspect_err(|error| tracing::debug!(%error, "answer not sent to its end"))
 }
 
-fn refused(error: &h1::Error, status: StatusCode) -> Response<Body> {
-    if is_limit(error) {
-        return refusal(ProxyError::WorkloadLimit, false);
-    }
-    let mut response = refusal(ProxyError::MalformedRequest, false);
-    *response.status_mut() = status;
+/// The cause as in the table of errors; the status says more than the table's.
+fn refused(reason: h1::Refused) -> Response<Body> {
+    let mut response = refusal(reason.error(), false);
+    *response.status_mut() = reason.status();
     response
 }
 
@@ -429,6 +427,8 @@ fn is_limit(error: &h1::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use mesh_api::errors::ProxyError;
+
     use super::*;
 
     /// The size of what a function's future holds.
@@ -441,6 +441,26 @@ mod tests {
         let (http1, both) = (size(Connection::http1), size(Connection::serve));
         assert!(http1 < 4 * 1024, "HTTP/1: {http1} bytes");
         assert!(both < 4 * 1024 + 256, "any: {both} bytes");
+    }
+
+    #[test]
+    fn what_is_refused_names_its_cause_and_keeps_its_status() {
+        use h1::Refused;
+        for (reason, status, error) in [
+            (Refused::HeadTooLarge, 431, ProxyError::HeadersTooLarge),
+            (Refused::TooManyHeaders, 431, ProxyError::HeadersTooLarge),
+            (Refused::LineTooLong, 414, ProxyError::HeadersTooLarge),
+            (Refused::SlowHead, 408, ProxyError::SlowRequest),
+            (Refused::Version, 505, ProxyError::UnsupportedProtocol),
+            (Refused::Coding, 501, ProxyError::UnsupportedProtocol),
+            (Refused::Limit, 429, ProxyError::WorkloadLimit),
+            (Refused::Host, 400, ProxyError::MalformedRequest),
+            (Refused::ContentLength, 400, ProxyError::MalformedRequest),
+        ] {
+            let response = refused(reason);
+            assert_eq!(response.status(), status, "{reason}");
+            assert_eq!(wire::error(response.headers()), Some(error), "{reason}");
+        }
     }
 
     #[test]

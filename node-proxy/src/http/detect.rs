@@ -1,17 +1,26 @@
 //! From the first bytes of a connection to its protocol.
 //!
-//! Only what cannot be anything else is named: an HTTP/1 request line up to `HTTP/1.` (RFC 9112 3), the
-//! whole HTTP/2 preface (RFC 9113 3.4), a TLS ClientHello (RFC 8446 4.1.2). The first byte that excludes
-//! all three makes the connection opaque, so other protocols wait for nothing. A packet may be cut
-//! anywhere: the same bytes lead to the same answer however they arrive.
+//! TLS is known by its ClientHello (RFC 8446 4.1.2), HTTP/2 by its whole preface (RFC 9113 3.4). HTTP/1 is what any
+//! server may take for a request, since what is not led to our HTTP/1 reaches the app as raw bytes, forged headers of the
+//! mesh included. Our HTTP/1 then refuses what it does not read itself. A first line is HTTP/1 that has, in this order,
+//!
+//! - any number of empty lines and blanks (nginx, Node.js and hyper skip CR LF, Python and Ruby blanks);
+//! - a method: one token, of any length;
+//! - blanks, then a target: anything visible;
+//! - blanks, then `HTTP/` in any case. Behind a target that begins with `/` or has a scheme it may come later in the line.
+//!
+//! A line that is over before that is opaque (`GET /key` to Redis), and so is one at the first byte that excludes it:
+//! other protocols wait for nothing but the end of a line of two words. [`MAX_PEEK`] bytes that may still become a request
+//! are HTTP/1, which refuses them, unless they are one single word: that is data, and who takes a method of 16 KiB is not
+//! protected. Nor is who reads headers behind a line of two words (HTTP/0.9). A port that is declared to be HTTP is.
+//!
+//! A packet may be cut anywhere: the same bytes lead to the same answer however they arrive.
 
-/// Bytes that are enough to say what it is: longer openings are opaque, or TLS without a name.
+/// Bytes that are enough to say what it is; those behind them are not looked at.
 pub const MAX_PEEK: usize = 16 * 1024;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const HTTP1: &[u8] = b"HTTP/1.";
-/// Longer than every registered method; a token of more bytes is something else.
-const MAX_METHOD: usize = 32;
+const VERSION: &[u8] = b"HTTP/";
 
 const HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
@@ -22,7 +31,7 @@ const MAX_NAME: usize = 253;
 /// What a connection speaks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// HTTP/1.0 or 1.1.
+    /// HTTP/1.0 or 1.1, or what may be taken for it.
     Http1,
     /// HTTP/2 with prior knowledge.
     Http2,
@@ -37,6 +46,7 @@ pub enum Protocol {
 
 /// Says what begins with `bytes`. None: too few to say; never for [`MAX_PEEK`] bytes or more.
 pub fn detect(bytes: &[u8]) -> Option<Protocol> {
+    let bytes = &bytes[..bytes.len().min(MAX_PEEK)];
     let first = *bytes.first()?;
     if first == HANDSHAKE {
         return tls(bytes);
@@ -47,35 +57,73 @@ pub fn detect(bytes: &[u8]) -> Option<Protocol> {
     if PREFACE.starts_with(bytes) {
         return None;
     }
-    match request_line(bytes) {
-        None if bytes.len() >= MAX_PEEK => Some(Protocol::Opaque),
-        other => other,
-    }
+    request_line(bytes)
 }
 
 fn request_line(bytes: &[u8]) -> Option<Protocol> {
-    let mut rest = bytes;
-    let method = rest.iter().position(|b| !is_token(*b));
-    if method.unwrap_or(rest.len()) > MAX_METHOD {
+    let is_full = bytes.len() >= MAX_PEEK;
+    let undecided = is_full.then_some(Protocol::Http1);
+    let before = bytes.iter().take_while(|b| is_blank(**b) || **b == b'\n');
+    let line = &bytes[before.count()..];
+    if line.is_empty() {
+        return undecided;
+    }
+    let method = line.iter().take_while(|b| is_token(**b)).count();
+    let (method, rest) = line.split_at(method);
+    let Some(after) = rest.first() else {
+        // Data without any blank, rather than a method.
+        return is_full.then_some(Protocol::Opaque);
+    };
+    if method.is_empty() || !is_blank(*after) {
         return Some(Protocol::Opaque);
     }
-    let method = method?;
-    if method == 0 || rest[method] != b' ' {
-        return Some(Protocol::Opaque);
+    let rest = without_blanks(rest);
+    let Some(end) = rest
+        .iter()
+        .position(|b| is_blank(*b) || b.is_ascii_control())
+    else {
+        return undecided;
+    };
+    let (target, rest) = rest.split_at(end);
+    if target.starts_with(b"/") || target.windows(3).any(|part| part == b"://") {
+        // A NUL ends what git's own protocol says first: `0032git-upload-pack /project.git`.
+        let is_git = method
+            .get(4..)
+            .is_some_and(|name| name.starts_with(b"git-"));
+        let end = rest.iter().position(|b| *b == b'\n' || (*b == 0 && is_git));
+        let line = &rest[..end.unwrap_or(rest.len())];
+        let is_version = |part: &[u8]| is_blank(part[0]) && part[1..].eq_ignore_ascii_case(VERSION);
+        if line.windows(1 + VERSION.len()).any(is_version) {
+            return Some(Protocol::Http1);
+        }
+        return match end {
+            Some(_) => Some(Protocol::Opaque),
+            None => undecided,
+        };
     }
-    rest = &rest[method + 1..];
-    let target = rest.iter().position(|b| *b <= b' ' || *b == 0x7f)?;
-    if target == 0 || rest[target] != b' ' {
-        return Some(Protocol::Opaque);
-    }
-    rest = &rest[target + 1..];
-    if rest.starts_with(HTTP1) {
-        Some(Protocol::Http1)
-    } else if HTTP1.starts_with(rest) {
-        None
-    } else {
+    let version = without_blanks(rest);
+    let length = version.len().min(VERSION.len());
+    let ends_with_blank = version.len() < rest.len();
+    if !ends_with_blank || !version[..length].eq_ignore_ascii_case(&VERSION[..length]) {
         Some(Protocol::Opaque)
+    } else if length == VERSION.len() {
+        Some(Protocol::Http1)
+    } else {
+        undecided
     }
+}
+
+/// What servers read as a space in a request line (RFC 9112 3: SP, HTAB, VT, FF, bare CR). Python takes more for one.
+const fn is_blank(byte: u8) -> bool {
+    matches!(
+        byte,
+        b' ' | b'\t' | 0x0b | 0x0c | b'\r' | 0x1c..=0x1f | 0x85 | 0xa0
+    )
+}
+
+fn without_blanks(bytes: &[u8]) -> &[u8] {
+    let blanks = bytes.iter().take_while(|b| is_blank(**b)).count();
+    &bytes[blanks..]
 }
 
 /// A character of a method or header name (RFC 9110 5.6.2).

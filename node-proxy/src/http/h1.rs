@@ -13,7 +13,8 @@
 use std::io;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderMap, StatusCode, Version, header};
+use mesh_api::errors::ProxyError;
 
 use crate::http::body::BodyError;
 
@@ -43,6 +44,16 @@ pub use server::{Reuse, Server};
 
 /// Headers of one head that are parsed at all.
 const MOST_HEADERS: usize = 256;
+/// How long a request that expects a 100 is held back without one.
+pub(super) const CONTINUE_WAIT: Duration = Duration::from_secs(1);
+
+/// Whether the sender of a request may wait to be asked for its body with a 100 (RFC 9110 10.1.1).
+pub(super) fn expects_continue(version: Version, headers: &HeaderMap) -> bool {
+    !matches!(version, Version::HTTP_09 | Version::HTTP_10)
+        && headers
+            .get(header::EXPECT)
+            .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
 
 /// Bounds of one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +68,8 @@ pub struct Limits {
     pub idle: Duration,
     /// Without a byte of a body, either way, while one is waited for. Default 5 min.
     pub body_idle: Duration,
+    /// Until the answer begins for a client that has closed its sending side: most that do so are gone. Default 10 s.
+    pub half_closed: Duration,
 }
 
 impl Default for Limits {
@@ -67,6 +80,7 @@ impl Default for Limits {
             head_time: Duration::from_secs(10),
             idle: Duration::from_secs(3600),
             body_idle: Duration::from_secs(300),
+            half_closed: Duration::from_secs(10),
         }
     }
 }
@@ -104,7 +118,7 @@ pub enum Refused {
     /// None in HTTP/1.1, several, or not a host.
     #[error("missing, repeated or malformed Host")]
     Host,
-    /// Not digits, too large, or several that differ.
+    /// Not digits, over 2^63 - 1, or several that differ.
     #[error("malformed Content-Length")]
     ContentLength,
     /// Both Content-Length and Transfer-Encoding.
@@ -149,6 +163,28 @@ impl Refused {
             Self::SlowHead => StatusCode::REQUEST_TIMEOUT,
             Self::Limit => StatusCode::TOO_MANY_REQUESTS,
             Self::Unexpected => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// What the answer names as its cause, whatever its status.
+    pub const fn error(self) -> ProxyError {
+        match self {
+            Self::StartLine
+            | Self::Target
+            | Self::BareLineFeed
+            | Self::HeaderName
+            | Self::HeaderValue
+            | Self::Host
+            | Self::ContentLength
+            | Self::LengthAndEncoding
+            | Self::TransferEncoding => ProxyError::MalformedRequest,
+            Self::Version | Self::Coding => ProxyError::UnsupportedProtocol,
+            Self::LineTooLong | Self::HeadTooLarge | Self::TooManyHeaders => {
+                ProxyError::HeadersTooLarge
+            }
+            Self::SlowHead => ProxyError::SlowRequest,
+            Self::Limit => ProxyError::WorkloadLimit,
+            Self::Unexpected => ProxyError::UpstreamProtocol,
         }
     }
 

@@ -1,4 +1,7 @@
 //! Copies of requests for another backend (RequestMirror, GEP-3171). Their answers count for nothing.
+//!
+//! A body that is known to be small is read before the request goes on. One of unknown length, as that of a gRPC call,
+//! may last: it is kept as it passes (`tee`), and copied when it has ended.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http::request::Parts;
+use http::{HeaderMap, Method};
 use http_body::{Body as _, Frame};
 use rand::Rng;
 
@@ -15,9 +19,14 @@ use super::attempt::{Caller, Way};
 use super::body::{Body, BodyError};
 use super::caller::Session;
 use super::h1::OnInterim;
+use super::limits::charge_head;
 use super::route::Backend;
 use super::route::filter::{Filter, mirrors};
 use crate::balance::PickContext;
+
+mod tee;
+
+use tee::{Awaited, tee};
 
 /// A larger body is not mirrored: it would have to be held.
 const MAX_BODY: usize = 64 * 1024;
@@ -30,41 +39,106 @@ pub(super) async fn send(session: &Session, filters: &[Filter], parts: &Parts, b
     if chosen.is_empty() {
         return body;
     }
-    let (copy, body) = copied(body).await;
-    let Some(copy) = copy else { return body };
+    // Boxed, so that a request that is not mirrored holds no room for it.
+    let (copied, body) = Box::pin(copied(parts, body)).await;
+    let Some(copied) = copied else { return body };
     for backend in chosen {
-        let body = copy.try_clone().unwrap_or_default();
         let mut head = Box::new(parts.clone());
         // Nothing of a copy's answer is for the caller.
         head.extensions.remove::<OnInterim>();
+        let body = match &copied {
+            Copied::Here(whole) => whole.body(),
+            Copied::Passing(awaited) => {
+                head.extensions.insert(awaited.clone());
+                Body::empty()
+            }
+        };
         session.spawn_copy(backend, BoxedRequest { head, body });
     }
     body
 }
 
-/// The whole of a small body, and the same to go on with.
-async fn copied(mut body: Body) -> (Option<Body>, Body) {
-    if body.is_end_stream() {
-        return (Some(Body::empty()), body);
-    }
-    if body
-        .size_hint()
-        .upper()
-        .is_none_or(|most| most > MAX_BODY as u64)
-    {
-        return (None, body);
-    }
-    let mut whole = BytesMut::new();
-    while let Some(frame) = body.frame().await {
-        match frame.map(Frame::into_data) {
-            Ok(Ok(data)) => whole.extend_from_slice(&data),
-            Ok(Err(_trailers)) => {}
-            // A body that has failed looks like one that has ended; the request must fail where it is read next.
-            Err(error) => return (None, Body::boxed(Broken(Some(error)))),
+/// A body for copies.
+enum Copied {
+    Here(Whole),
+    /// It is not known yet whether there will be one; [`deliver`] waits for it.
+    Passing(Awaited),
+}
+
+/// All of a body.
+#[derive(Clone, Debug)]
+struct Whole {
+    data: Bytes,
+    trailers: Option<HeaderMap>,
+}
+
+impl Whole {
+    fn body(&self) -> Body {
+        let data = self.data.clone();
+        match self.trailers.clone() {
+            None => Body::full(data),
+            trailers => Body::boxed(Trailed { data, trailers }),
         }
     }
-    let whole = whole.freeze();
-    (Some(Body::full(whole.clone())), Body::full(whole))
+}
+
+/// The body for copies, and the same to go on with.
+async fn copied(parts: &Parts, mut body: Body) -> (Option<Copied>, Body) {
+    let mut whole = BytesMut::new();
+    let mut trailers = None;
+    if !body.is_end_stream() {
+        match body.size_hint().upper() {
+            Some(most) if most > MAX_BODY as u64 => return (None, body),
+            Some(_) => {}
+            // What follows a CONNECT is no body.
+            None if parts.method == Method::CONNECT => return (None, body),
+            None => {
+                let (body, awaited) = tee(body);
+                return (Some(Copied::Passing(awaited)), body);
+            }
+        }
+        while let Some(frame) = body.frame().await {
+            match frame.map(Frame::into_data) {
+                Ok(Ok(data)) => whole.extend_from_slice(&data),
+                Ok(Err(frame)) => trailers = frame.into_trailers().ok(),
+                // A body that has failed looks like one that has ended; the request must fail where it is read next.
+                Err(error) => return (None, Body::boxed(Broken(Some(error)))),
+            }
+        }
+    }
+    let data = whole.freeze();
+    let whole = Whole { data, trailers };
+    let body = whole.body();
+    (Some(Copied::Here(whole)), body)
+}
+
+/// A body with trailers. Its length is not told: HTTP/1 has trailers only without one.
+struct Trailed {
+    data: Bytes,
+    trailers: Option<HeaderMap>,
+}
+
+impl http_body::Body for Trailed {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let data = std::mem::take(&mut this.data);
+        let frame = if data.is_empty() {
+            this.trailers.take().map(Frame::trailers)
+        } else {
+            Some(Frame::data(data))
+        };
+        Poll::Ready(frame.map(Ok))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.data.is_empty() && self.trailers.is_none()
+    }
 }
 
 /// What is left of a body that failed while it was read.
@@ -82,13 +156,26 @@ impl http_body::Body for Broken {
     }
 }
 
-/// Sends one copy and reads its answer to the end.
+/// Sends one copy, when its body is here, and reads its answer to the end.
 pub(super) async fn deliver(
     caller: Caller<'_>,
     v6: bool,
     backend: &Backend,
-    request: BoxedRequest,
+    mut request: BoxedRequest,
 ) {
+    let mut held = None;
+    if let Some(awaited) = request.head.extensions.remove::<Awaited>() {
+        let account = &caller.pod.account;
+        // A head that waits is charged like one of a request, and both until the copy is through.
+        let Ok(head) = charge_head(account, &request.head.headers) else {
+            return;
+        };
+        let Some(whole) = awaited.whole(account).await else {
+            return;
+        };
+        request.body = whole.body();
+        held = Some((head, awaited));
+    }
     let Some(port) = backend.service_port() else {
         return;
     };
@@ -111,7 +198,7 @@ pub(super) async fn deliver(
     let Ok(way) = Way::to(&caller, pick.address()) else {
         return;
     };
-    let sent = way.send(&caller, Some(&port), request, LIMIT);
+    let sent = way.send(&caller, Some(&port), request, None);
     let exchange = async {
         if let Ok(answered) = sent.await {
             let mut body = answered.response.into_body();
@@ -120,4 +207,5 @@ pub(super) async fn deliver(
     };
     // A copy that is late is given up.
     let _ = tokio::time::timeout(LIMIT, exchange).await;
+    drop(held);
 }

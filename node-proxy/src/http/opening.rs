@@ -8,6 +8,7 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use mesh_api::names::is_http;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
@@ -33,13 +34,11 @@ pub enum Declared {
     Unset,
 }
 
-/// What an `appProtocol` means (KEP-3726 and the IANA service names).
+/// What an `appProtocol` means.
 pub fn declared(app_protocol: &str) -> Declared {
-    let name = app_protocol.to_ascii_lowercase();
-    match name.as_str() {
+    match app_protocol {
         "" => Declared::Unset,
-        "http" | "http2" | "h2c" | "grpc" | "grpc-web" | "ws" | "kubernetes.io/h2c"
-        | "kubernetes.io/ws" => Declared::ClientFirst,
+        name if is_http(name) => Declared::ClientFirst,
         _ => Declared::Opaque,
     }
 }
@@ -100,6 +99,8 @@ mod tests {
             "HTTP",
             "kubernetes.io/h2c",
             "grpc",
+            "gRPC-Web",
+            "ws",
             "kubernetes.io/ws",
         ] {
             assert_eq!(declared(name), Declared::ClientFirst, "{name}");

@@ -5,13 +5,18 @@
 //! of that rule. A field of the Gateway API wins wherever it is set. Of the two `TrafficPolicy`s the
 //! rule's wins: for timeouts field by field, otherwise a whole section at a time, so that what is
 //! written next to each other is in force together. Circuit breaking, in-flight and rate limits
-//! are states of a Service's endpoints and callers; a rule's `TrafficPolicy` does not change them.
+//! are states of a Service's endpoints and callers; a rule's `TrafficPolicy` does not change them. Balancing and the
+//! retry budget are the backend's own, unless the rule's `TrafficPolicy` has them ([`ByRule`]).
+//!
+//! Of several `TrafficPolicy`s for one target each field is that of the first which sets it ([`together`]).
 //!
 //! The controller has validated every value. What is out of range nevertheless is clamped, never refused:
 //! an odd policy must not cost a Service its traffic.
 
 mod merge;
+mod together;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,11 +27,12 @@ use super::limits::{InFlight, Overload, Permit};
 use super::retry::{Backoff, BudgetState};
 use crate::balance;
 pub use merge::effective;
+pub use together::together;
 
 /// The effective policy.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Policy {
-    /// How endpoints are chosen and left out.
+    /// How the Service's endpoints are chosen and left out.
     pub balance: balance::Policy,
     /// What is sent again.
     pub retry: Retry,
@@ -38,6 +44,38 @@ pub struct Policy {
     pub rate_limit: Option<Arc<RateLimit>>,
     /// Failures made on purpose. Default: none.
     pub fault: Option<Fault>,
+    /// What counts instead of the backend's own.
+    pub by_rule: ByRule,
+}
+
+/// What a rule's own `TrafficPolicy` says of what is otherwise that of the Service which a request goes to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ByRule {
+    /// How endpoints are chosen; when they are left out is the Service's.
+    pub balance: Option<balance::Policy>,
+    /// How many retries the Service takes.
+    pub budget: Option<Budget>,
+}
+
+impl ByRule {
+    /// The balancing of a request to a Service with this policy.
+    pub fn balance<'a>(&self, backend: &'a Policy) -> Cow<'a, balance::Policy> {
+        match &self.balance {
+            None => Cow::Borrowed(&backend.balance),
+            Some(own) => Cow::Owned(balance::Policy {
+                breaker: backend.balance.breaker,
+                ..own.clone()
+            }),
+        }
+    }
+
+    /// The retry budget of a request to a Service with this policy. `retryConstraint` wins wherever it is set.
+    pub fn budget(&self, backend: &Policy) -> Budget {
+        match self.budget {
+            Some(own) if backend.retry.budget.over == OverBudget::Original => own,
+            _ => backend.retry.budget,
+        }
+    }
 }
 
 /// What is sent again, how often, and when.
@@ -129,31 +167,19 @@ pub enum OverBudget {
     Unavailable,
 }
 
-/// `None`: not bounded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// `None`: not bounded, but for connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timeouts {
     /// The whole request, retries included, to the end of the answer. Default none.
     pub request: Option<Duration>,
-    /// One try. Default none.
+    /// One try, to the end of its answer. Default none.
     pub per_try: Option<Duration>,
     /// From the end of the request to the answer's headers. Default none.
     pub response_headers: Option<Duration>,
     /// A stream on which nothing moves. Default none.
     pub idle: Option<Duration>,
-    /// Until there is a connection. Default 10 s.
+    /// Until there is a connection to the app. Default 10 s, which is also the most.
     pub connect: Option<Duration>,
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self {
-            request: None,
-            per_try: None,
-            response_headers: None,
-            idle: None,
-            connect: Some(Duration::from_secs(10)),
-        }
-    }
 }
 
 /// Requests in flight.
@@ -251,14 +277,14 @@ impl State {
     }
 
     /// Counts a request (not its retries) into the budget.
-    pub fn request(&self, policy: &Policy, now: Instant) {
-        self.budget.request(&policy.retry.budget, now);
+    pub fn request(&self, budget: &Budget, now: Instant) {
+        self.budget.request(budget, now);
     }
 
     /// Takes a retry from the budget. `false`: over budget, see [`Budget::over`].
     #[must_use]
-    pub fn try_retry(&self, policy: &Policy, now: Instant) -> bool {
-        self.budget.try_retry(&policy.retry.budget, now)
+    pub fn try_retry(&self, budget: &Budget, now: Instant) -> bool {
+        self.budget.try_retry(budget, now)
     }
 
     /// Waits for a place among the requests in flight; the permit is the place. Cancel-safe.

@@ -34,13 +34,18 @@ pub enum Cause {
     Timeout,
     /// The app answered.
     Answer {
-        /// Status of the answer.
-        status: StatusCode,
-        /// Code of a gRPC answer that has it in its headers (trailers-only).
-        grpc_code: Option<u32>,
         /// What the answer says about trying again.
         pushback: Pushback,
     },
+}
+
+/// What the caller is told if there is no other try: the app's answer, or that of the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Status of the answer.
+    pub status: StatusCode,
+    /// Code of a gRPC answer that has it in its headers (trailers-only).
+    pub grpc_code: Option<u32>,
 }
 
 /// When to try again: `least`, and a share of `base` that doubles with each retry up to `max`, drawn
@@ -67,7 +72,8 @@ impl Backoff {
 }
 
 /// Whether to try again, and after which pause. `retries`: how often the request was tried again already.
-/// `replayable`: its body can be sent again from the start.
+/// `replayable`: its body can be sent again from the start. Listed statuses and codes count whoever made the answer: the
+/// app, or the proxy for an app that gave none.
 ///
 /// The budget is asked separately ([`super::policy::State::try_retry`]), as the last condition: it counts.
 /// The caller gives up instead if the pause goes beyond the request's own timeout.
@@ -75,6 +81,7 @@ pub fn should_retry(
     policy: &Policy,
     retries: u32,
     cause: Cause,
+    told: Told,
     method: &Method,
     replayable: bool,
     rng: &mut impl Rng,
@@ -84,32 +91,23 @@ pub fn should_retry(
         return None;
     }
     let grpc = |code: u32| code < u32::BITS && retry.grpc_codes & (1 << code) != 0;
+    let listed = retry.statuses.contains(&told.status) || told.grpc_code.is_some_and(grpc);
     let mut backoff = retry.backoff;
     let wanted = match cause {
         Cause::ConnectFailure => retry.connect_failure,
         Cause::RefusedStream => retry.refused_stream,
         Cause::IdleClosed => retry.reset_before_headers || method.is_idempotent(),
-        Cause::ResetBeforeHeaders => retry.reset_before_headers,
-        // The caller would be told 504 or DEADLINE_EXCEEDED.
-        Cause::Timeout => {
-            retry.reset_before_headers
-                || retry.statuses.contains(&StatusCode::GATEWAY_TIMEOUT)
-                || grpc(DEADLINE_EXCEEDED)
-        }
-        Cause::Answer {
-            status,
-            grpc_code,
-            pushback,
-        } => {
+        Cause::ResetBeforeHeaders | Cause::Timeout => retry.reset_before_headers,
+        Cause::Answer { pushback } => {
             match pushback {
                 Pushback::None => {}
                 Pushback::After(pause) => backoff.least = backoff.least.max(pause),
                 Pushback::Never => return None,
             }
-            retry.statuses.contains(&status) || grpc_code.is_some_and(grpc)
+            false
         }
     };
-    if !wanted {
+    if !wanted && !listed {
         return None;
     }
     let harmless = matches!(
@@ -122,9 +120,6 @@ pub fn should_retry(
     }
     Some(backoff.pause(retries, rng))
 }
-
-/// gRPC's status code.
-const DEADLINE_EXCEEDED: u32 = 4;
 
 #[cfg(test)]
 mod tests;

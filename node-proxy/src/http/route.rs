@@ -13,6 +13,7 @@
 //! - a set that matches nothing is a 404 (gRPC: UNIMPLEMENTED), no set at all is plain pass-through.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::policy::Policy;
@@ -32,7 +33,7 @@ pub use self::http::HttpRoutes;
 pub(crate) use compile::{PortSelector, Route, RouteKind, build};
 pub use filter::Filter;
 pub use grpc::GrpcRoutes;
-pub use session::Session;
+pub use session::{Session, Token};
 pub use tls::{TcpRoutes, TlsRoutes};
 
 /// All that is attached to a Service port.
@@ -207,15 +208,30 @@ impl Rule {
 
     /// The backend whose endpoint a session is bound to, whatever its weight: a session outlives a
     /// change of weights (GEP-1619).
-    pub fn backend_with(&self, endpoint: std::net::SocketAddr) -> Option<&Backend> {
-        self.backends.iter().find(|backend| {
-            !backend.is_invalid()
-                && backend.service_port().is_some_and(|port| {
-                    port.endpoints
-                        .endpoints()
-                        .iter()
-                        .any(|known| known.address == endpoint)
-                })
+    pub fn backend_with(&self, endpoint: SocketAddr) -> Option<&Backend> {
+        self.backends.iter().find(|backend| backend.has(endpoint))
+    }
+
+    /// Whether the Service of a backend keeps sessions of its own (XBackendTrafficPolicy).
+    pub fn has_backend_session(&self) -> bool {
+        self.backends
+            .iter()
+            .any(|backend| backend.session().is_some())
+    }
+
+    /// The backend whose Service's session a request came with, whatever its weight (GEP-1619, "Traffic Splitting").
+    /// `now`: seconds since 1970.
+    pub fn resume(
+        &self,
+        request: &::http::HeaderMap,
+        now: u64,
+    ) -> Option<(&Backend, Arc<Session>, Token)> {
+        self.backends.iter().find_map(|backend| {
+            let session = backend.session()?;
+            let token = session.token(request, now)?;
+            backend
+                .has(token.endpoint)
+                .then_some((backend, session, token))
         })
     }
 }
@@ -227,6 +243,24 @@ impl Backend {
             TargetState::Known(port) => Some(port),
             TargetState::Pending | TargetState::Absent => None,
         }
+    }
+
+    /// The session persistence of its Service, as far as the Service is known.
+    pub fn session(&self) -> Option<Arc<Session>> {
+        let port = self.service_port()?;
+        let rules = port.http.load();
+        rules.session.clone()
+    }
+
+    /// Whether it can be used and this is one of its endpoints.
+    fn has(&self, endpoint: SocketAddr) -> bool {
+        !self.is_invalid()
+            && self.service_port().is_some_and(|port| {
+                port.endpoints
+                    .endpoints()
+                    .iter()
+                    .any(|known| known.address == endpoint)
+            })
     }
 
     /// What is known of the Service port.

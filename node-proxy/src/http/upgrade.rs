@@ -8,6 +8,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http_body::Frame;
@@ -20,6 +21,7 @@ use tokio_util::io::poll_read_buf;
 use super::apps::Holding;
 use super::body::{Body, BodyError, Held, Passing};
 use super::h1;
+use super::watched::{Sent, still};
 use crate::budget::Account;
 use crate::tcp::{Ending, QuietHalf, failed, finish_writing, reset_on_close, write_some};
 
@@ -31,6 +33,18 @@ pub struct Upgraded(Arc<Mutex<Option<Open>>>);
 struct Open {
     way: Way,
     held: Vec<Held>,
+    traffic: Traffic,
+}
+
+/// What goes over an upgraded connection.
+#[derive(Clone)]
+pub struct Traffic {
+    /// What the client sends.
+    up: Sent,
+    /// What the app sends.
+    down: Sent,
+    /// How long neither may.
+    idle: Option<Duration>,
 }
 
 impl std::fmt::Debug for Upgraded {
@@ -66,8 +80,26 @@ impl Upgraded {
     }
 
     fn new(way: Way) -> Self {
-        let held = Vec::new();
-        Self(Arc::new(Mutex::new(Some(Open { way, held }))))
+        let open = Open {
+            way,
+            held: Vec::new(),
+            traffic: Traffic {
+                up: Sent::unknown(),
+                down: Sent::unknown(),
+                idle: None,
+            },
+        };
+        Self(Arc::new(Mutex::new(Some(open))))
+    }
+
+    /// What counts the bytes of the client, and of the app. `idle`: how long neither may send, if that is bounded.
+    pub fn counted(&self, idle: Option<Duration>) -> (Sent, Sent) {
+        let mut open = self.0.lock();
+        let Some(Open { traffic, .. }) = &mut *open else {
+            return (Sent::default(), Sent::default());
+        };
+        traffic.idle = idle.or(traffic.idle);
+        (traffic.up.clone(), traffic.down.clone())
     }
 
     /// Holds something until the connection has ended: charges, guards.
@@ -77,13 +109,14 @@ impl Upgraded {
         }
     }
 
-    /// The open connection, if it is one, and what is to be held as long.
-    pub fn into_raw(self) -> Option<(h1::Raw, Vec<Held>)> {
+    /// The open connection, if it is one, what counts its bytes, and what is to be held as long.
+    pub fn into_raw(self) -> Option<(h1::Raw, Traffic, Vec<Held>)> {
         match self.0.lock().take()? {
             Open {
                 way: Way::Raw(raw),
                 held,
-            } => Some((raw, held)),
+                traffic,
+            } => Some((raw, traffic, held)),
             Open { .. } => None,
         }
     }
@@ -96,49 +129,86 @@ impl Upgraded {
         ahead: Bytes,
         account: &Arc<Account>,
     ) -> io::Result<()> {
-        let Some(Open { way, held: _held }) = self.0.lock().take() else {
+        let open = self.0.lock().take();
+        let Some(Open {
+            way,
+            held: _held,
+            traffic,
+        }) = open
+        else {
             return Ok(());
         };
-        let (read, write) = client.into_split();
-        match way {
-            Way::Raw(raw) => {
-                let sent = Body::boxed(Incoming::new(read, None)).after(ahead);
-                let (from_app, to_app) = raw.stream.into_split();
-                let received = Body::boxed(Incoming::new(from_app, raw.holding));
-                let received = received.after(raw.ahead);
-                let account = Some(account);
-                let up = write_body(sent, to_app, account);
-                tokio::try_join!(up, write_body(received, write, account)).map(|_| ())
+        let relaying = copy(way, traffic.clone(), client, ahead, account);
+        let Some(idle) = traffic.idle else {
+            return relaying.await;
+        };
+        let directions = [&traffic.up, &traffic.down];
+        tokio::select! {
+            relayed = relaying => relayed,
+            () = still(idle, &directions) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+async fn copy(
+    way: Way,
+    traffic: Traffic,
+    client: TcpStream,
+    ahead: Bytes,
+    account: &Arc<Account>,
+) -> io::Result<()> {
+    let Traffic {
+        mut up, mut down, ..
+    } = traffic;
+    let (read, write) = client.into_split();
+    match way {
+        Way::Raw(raw) => {
+            let sent = Body::boxed(Incoming::new(read, None)).after(ahead);
+            let sent = up.count(sent);
+            let (from_app, to_app) = raw.stream.into_split();
+            let received = Body::boxed(Incoming::new(from_app, raw.holding));
+            let received = down.count(received.after(raw.ahead));
+            let account = Some(account);
+            let up = write_body(sent, to_app, account);
+            tokio::try_join!(up, write_body(received, write, account)).map(|_| ())
+        }
+        Way::Stream { to, from } => {
+            let (held, ended) = oneshot::channel();
+            let sent = Body::boxed(Incoming {
+                from: read,
+                _holding: None,
+                _held: Some(held),
+            });
+            let sent = up.count(sent.after(ahead));
+            if to.send(sent).is_err() {
+                return Err(io::ErrorKind::BrokenPipe.into());
             }
-            Way::Stream { to, from } => {
-                let (held, ended) = oneshot::channel();
-                let sent = Body::boxed(Incoming {
-                    from: read,
-                    _holding: None,
-                    _held: Some(held),
-                });
-                let sent = sent.after(ahead);
-                if to.send(sent).is_err() {
-                    return Err(io::ErrorKind::BrokenPipe.into());
-                }
-                write_body(from, write, Some(account)).await?;
-                // The client's own direction is sent elsewhere; the connection is not over before it is. Nothing
-                // is ever said: the sender is dropped.
-                let _dropped = ended.await;
-                Ok(())
-            }
+            write_body(down.count(from), write, Some(account)).await?;
+            // The client's own direction is sent elsewhere; the connection is not over before it is. Nothing
+            // is ever said: the sender is dropped.
+            let _dropped = ended.await;
+            Ok(())
         }
     }
 }
 
 /// The app's connection as the two bodies of a stream: what it sends, and the work of writing what comes.
-pub fn split(raw: h1::Raw, incoming: Body) -> (Body, impl Future<Output = io::Result<()>>) {
+pub fn split(
+    raw: h1::Raw,
+    traffic: Traffic,
+    incoming: Body,
+) -> (Body, impl Future<Output = io::Result<()>>) {
+    let Traffic {
+        mut up, mut down, ..
+    } = traffic;
+    let incoming = up.count(incoming);
     let (read, write) = raw.stream.into_split();
     let account = raw
         .holding
         .as_ref()
         .map(|holding| Arc::clone(holding.account()));
     let outgoing = Body::boxed(Incoming::new(read, raw.holding)).after(raw.ahead);
+    let outgoing = down.count(outgoing);
     let writing = async move { write_body(incoming, write, account.as_ref()).await };
     (outgoing, writing)
 }

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -10,11 +10,13 @@ use bytes::Bytes;
 use http::{HeaderMap, Response};
 use http_body::{Body as _, Frame, SizeHint};
 use mesh_api::errors::ProxyError;
-use tokio::time::{Sleep, sleep, sleep_until};
+use tokio::sync::Notify;
+use tokio::time::{Instant as Clock, Sleep, sleep, sleep_until};
 
 use super::answer::grpc_trailers;
 use super::body::{Body, BodyError, Passing};
 use super::story::Story;
+use super::upgrade::Upgraded;
 use super::wire;
 use crate::balance::{self, Pick};
 use crate::budget::Account;
@@ -37,43 +39,127 @@ pub struct Record {
     pub sent: Sent,
     /// gRPC: the status is in the trailers, if not in the headers.
     pub grpc: bool,
+    /// The answer comes through a tunnel.
+    pub tunnelled: bool,
+    /// A fault was injected that delayed it.
+    pub delayed: bool,
     /// For the access log and the trace, if anyone asks.
     pub story: Option<Box<Story>>,
 }
 
-/// Counts the bytes of a request's body.
+/// Counts the bytes of a request's body, or of one direction of an upgraded connection. Clones share the count.
 #[derive(Clone, Debug, Default)]
-pub struct Sent(Option<Arc<AtomicU64>>);
+pub struct Sent(Option<Arc<Progress>>);
+
+#[derive(Debug)]
+struct Progress {
+    begun: Clock,
+    bytes: AtomicU64,
+    /// When the last of them came, in microseconds from the beginning.
+    moved: AtomicU64,
+    ended: AtomicBool,
+    end: Notify,
+}
 
 /// How long an answer may take.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bounds {
-    /// For all of it.
-    pub deadline: Option<tokio::time::Instant>,
-    /// Without a byte.
+    /// For all of it, and why.
+    pub deadline: Option<(Clock, ProxyError)>,
+    /// Without a byte in either direction.
     pub idle: Option<Duration>,
 }
 
+impl Bounds {
+    /// No later than this, either.
+    pub fn by(self, at: Clock, error: ProxyError) -> Self {
+        let sooner = self.deadline.is_none_or(|(deadline, _)| at < deadline);
+        let deadline = if sooner {
+            Some((at, error))
+        } else {
+            self.deadline
+        };
+        Self { deadline, ..self }
+    }
+}
+
 impl Sent {
+    /// Of what is not known yet.
+    pub fn unknown() -> Self {
+        Self(Some(Arc::new(Progress {
+            begun: Clock::now(),
+            bytes: AtomicU64::new(0),
+            moved: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+            end: Notify::new(),
+        })))
+    }
+
     /// Counts what passes through `body`.
     pub fn count(&mut self, body: Body) -> Body {
         if body.is_end_stream() {
             return body;
         }
-        let bytes = self.0.get_or_insert_with(Arc::default);
+        if self.0.is_none() {
+            *self = Self::unknown();
+        }
         Body::passing(Counted {
             body,
-            bytes: Arc::clone(bytes),
+            progress: self.clone(),
         })
     }
 
     fn get(&self) -> u64 {
-        self.0.as_ref().map_or(0, |b| b.load(Ordering::Relaxed))
+        let progress = self.0.as_ref();
+        progress.map_or(0, |p| p.bytes.load(Ordering::Relaxed))
+    }
+
+    /// When the last byte passed, or the first was waited for. `None`: there are none.
+    pub fn moved(&self) -> Option<Clock> {
+        let progress = self.0.as_ref()?;
+        let since = Duration::from_micros(progress.moved.load(Ordering::Relaxed));
+        Some(progress.begun + since)
+    }
+
+    /// Waits until all has passed, or no more will.
+    pub async fn ended(&self) {
+        let Some(progress) = &self.0 else { return };
+        // Before the look: an end in between is not missed.
+        let end = progress.end.notified();
+        if !progress.ended.load(Ordering::Acquire) {
+            end.await;
+        }
+    }
+
+    fn pass(&self, bytes: usize) {
+        let Some(progress) = &self.0 else { return };
+        progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let since = u64::try_from(progress.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        progress.moved.store(since, Ordering::Relaxed);
+    }
+
+    fn end(&self) {
+        let Some(progress) = &self.0 else { return };
+        progress.ended.store(true, Ordering::Release);
+        progress.end.notify_waiters();
     }
 }
 
-/// Lets an answer go: it is settled when its body has ended.
-pub fn watch<H: Send + Unpin + 'static>(
+/// Waits until nothing has moved in any of these for so long.
+pub async fn still(after: Duration, directions: &[&Sent]) {
+    let begun = Clock::now();
+    loop {
+        let moved = directions.iter().filter_map(|sent| sent.moved());
+        let until = moved.fold(begun, Clock::max) + after;
+        if until <= Clock::now() {
+            return;
+        }
+        sleep_until(until).await;
+    }
+}
+
+/// Lets an answer go: it is settled when its body has ended, or the connection that it made something else.
+pub fn watch<H: Send + Sync + Unpin + 'static>(
     response: Response<Body>,
     mut record: Record,
     bounds: Bounds,
@@ -93,6 +179,20 @@ pub fn watch<H: Send + Unpin + 'static>(
             record.judge(status < 500 && !failed);
         }
     }
+    if let Some(upgraded) = parts.extensions.get::<Upgraded>() {
+        record.judge(true);
+        let (up, down) = upgraded.counted(bounds.idle);
+        record.sent = up;
+        upgraded.hold((
+            Tail {
+                record: Some(record),
+                status,
+                down,
+            },
+            held,
+        ));
+        return Response::from_parts(parts, body);
+    }
     let ended = body.is_end_stream();
     let watched = Watched {
         body,
@@ -100,7 +200,9 @@ pub fn watch<H: Send + Unpin + 'static>(
         status,
         grpc_status,
         bytes: 0,
-        deadline: bounds.deadline.map(|at| Box::pin(sleep_until(at))),
+        deadline: bounds
+            .deadline
+            .map(|(at, error)| (Box::pin(sleep_until(at)), error)),
         idle: bounds.idle.map(|after| (after, Box::pin(sleep(after)))),
         held: Some(held),
     };
@@ -125,6 +227,50 @@ impl Record {
     }
 }
 
+impl Record {
+    fn settle(self, outcome: Outcome) {
+        let delay = self.delayed.then_some(ProxyError::FaultDelay);
+        let outcome = Outcome {
+            error: outcome.error.or(self.error).or(delay),
+            request_bytes: self.sent.get(),
+            ..outcome
+        };
+        self.request.finish(outcome);
+        if let Some(story) = self.story {
+            story.end(outcome);
+        }
+    }
+
+    /// The row for an answer whose body failed.
+    fn broken(&self, error: &BodyError) -> ProxyError {
+        match error {
+            BodyError::Http2(_) if self.tunnelled => ProxyError::TunnelReset,
+            BodyError::Framing | BodyError::TooLarge => ProxyError::UpstreamProtocol,
+            BodyError::Limit => ProxyError::WorkloadLimit,
+            _ => ProxyError::UpstreamReset,
+        }
+    }
+}
+
+/// A request that has become a connection of another protocol: settled when that has ended.
+struct Tail {
+    record: Option<Record>,
+    status: u16,
+    down: Sent,
+}
+
+impl Drop for Tail {
+    fn drop(&mut self) {
+        if let Some(record) = self.record.take() {
+            record.settle(Outcome {
+                status: self.status,
+                response_bytes: self.down.get(),
+                ..Outcome::default()
+            });
+        }
+    }
+}
+
 /// `grpc-status`, from headers or trailers.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u8> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
@@ -132,7 +278,7 @@ pub fn grpc_status(headers: &HeaderMap) -> Option<u8> {
 
 /// Codes that are the server's fault, as a 5xx is (gRPC, "Status codes and their use"): UNKNOWN,
 /// DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS.
-const fn is_failure(code: u8) -> bool {
+pub const fn is_failure(code: u8) -> bool {
     matches!(code, 2 | 4 | 13 | 14 | 15)
 }
 
@@ -142,7 +288,7 @@ struct Watched<H> {
     status: u16,
     grpc_status: Option<u8>,
     bytes: u64,
-    deadline: Option<Pin<Box<Sleep>>>,
+    deadline: Option<(Pin<Box<Sleep>>, ProxyError)>,
     idle: Option<(Duration, Pin<Box<Sleep>>)>,
     held: Option<H>,
 }
@@ -161,30 +307,32 @@ impl<H> Watched<H> {
             let failed = self.grpc_status.is_some_and(is_failure);
             record.judge(error.is_none() && !failed);
         }
-        let outcome = Outcome {
+        let grpc_status = self.grpc_status.filter(|_| record.grpc);
+        record.settle(Outcome {
             status: self.status,
-            grpc_status: self.grpc_status.filter(|_| record.grpc),
-            error: error.or(record.error),
-            request_bytes: record.sent.get(),
+            grpc_status,
+            error,
             response_bytes: self.bytes,
-        };
-        record.request.finish(outcome);
-        if let Some(story) = record.story {
-            story.end(outcome);
-        }
+            ..Outcome::default()
+        });
     }
 
     /// Whether a bound has been passed.
     fn late(&mut self, cx: &mut Context<'_>) -> Option<ProxyError> {
-        if let Some(deadline) = &mut self.deadline
+        if let Some((deadline, error)) = &mut self.deadline
             && deadline.as_mut().poll(cx).is_ready()
         {
-            return Some(ProxyError::RequestTimeout);
+            return Some(*error);
         }
-        if let Some((_, idle)) = &mut self.idle
-            && idle.as_mut().poll(cx).is_ready()
-        {
-            return Some(ProxyError::IdleTimeout);
+        let (after, idle) = self.idle.as_mut()?;
+        while idle.as_mut().poll(cx).is_ready() {
+            // The request may move where the answer does not.
+            let sent = self.record.as_ref().and_then(|r| r.sent.moved());
+            let until = sent.map(|moved| moved + *after);
+            match until.filter(|until| *until > Clock::now()) {
+                Some(until) => idle.as_mut().reset(until),
+                None => return Some(ProxyError::IdleTimeout),
+            }
         }
         None
     }
@@ -219,7 +367,7 @@ impl<H: Send + Unpin + 'static> http_body::Body for Watched<H> {
         match &mut frame {
             Some(Ok(frame)) => {
                 if let Some((after, idle)) = &mut this.idle {
-                    idle.as_mut().reset(tokio::time::Instant::now() + *after);
+                    idle.as_mut().reset(Clock::now() + *after);
                 }
                 if let Some(data) = frame.data_ref() {
                     this.bytes += data.len() as u64;
@@ -231,7 +379,11 @@ impl<H: Send + Unpin + 'static> http_body::Body for Watched<H> {
                     this.settle(None);
                 }
             }
-            Some(Err(_)) => this.settle(Some(ProxyError::UpstreamReset)),
+            Some(Err(error)) => {
+                let record = this.record.as_ref();
+                let error = record.map_or(ProxyError::UpstreamReset, |r| r.broken(error));
+                this.settle(Some(error));
+            }
             None => this.settle(None),
         }
         Poll::Ready(frame)
@@ -261,7 +413,13 @@ impl<H> Drop for Watched<H> {
 
 struct Counted {
     body: Body,
-    bytes: Arc<AtomicU64>,
+    progress: Sent,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.progress.end();
+    }
 }
 
 impl http_body::Body for Counted {
@@ -276,11 +434,14 @@ impl http_body::Body for Counted {
         let mut frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
         if let Some(Ok(frame)) = &mut frame {
             if let Some(data) = frame.data_ref() {
-                this.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+                this.progress.pass(data.len());
             } else if let Some(trailers) = frame.trailers_mut() {
                 // An app may put them with the headers.
                 wire::strip(trailers);
             }
+        }
+        if frame.is_none() || this.body.is_end_stream() {
+            this.progress.end();
         }
         Poll::Ready(frame)
     }
@@ -302,6 +463,9 @@ impl Passing for Counted {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
+    use std::pin::pin;
+
     use super::*;
     use crate::telemetry::http::{Protocol, RequestLabels};
     use crate::telemetry::{Party, Reporter, Security, Telemetry};
@@ -321,7 +485,7 @@ mod tests {
         }
     }
 
-    fn silent(telemetry: &Telemetry, grpc: bool) -> Response<Body> {
+    fn record(telemetry: &Telemetry, grpc: bool) -> Record {
         let labels = RequestLabels {
             reporter: Reporter::Source,
             source: Party::unknown(),
@@ -332,7 +496,7 @@ mod tests {
             protocol: Protocol::Grpc,
             security: Security::Plaintext,
         };
-        let record = Record {
+        Record {
             request: telemetry.http.meter(&labels).start(&http::Method::POST),
             error: None,
             pick: None,
@@ -340,13 +504,87 @@ mod tests {
             latency: Duration::ZERO,
             sent: Sent::default(),
             grpc,
+            tunnelled: false,
+            delayed: false,
             story: None,
-        };
+        }
+    }
+
+    fn silent(telemetry: &Telemetry, grpc: bool) -> Response<Body> {
+        let at = Clock::now() + Duration::from_secs(1);
+        let bounds = Bounds::default().by(at, ProxyError::RequestTimeout);
+        let silent = Response::new(Body::boxed(Silent));
+        watch(silent, record(telemetry, grpc), bounds, ())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_is_idle_where_neither_side_sends() {
+        let telemetry = Telemetry::new();
         let bounds = Bounds {
-            deadline: Some(tokio::time::Instant::now() + Duration::from_secs(1)),
-            idle: None,
+            deadline: None,
+            idle: Some(Duration::from_secs(1)),
         };
-        watch(Response::new(Body::boxed(Silent)), record, bounds, ())
+        let (mut record, silent) = (record(&telemetry, false), Body::boxed(Silent));
+        record.sent = Sent::unknown();
+        let sent = record.sent.clone();
+        let response = watch(Response::new(silent), record, bounds, ());
+        let begun = Clock::now();
+        let sending = async {
+            for _ in 0..5 {
+                sleep(Duration::from_millis(900)).await;
+                sent.pass(1);
+            }
+            pending::<()>().await;
+        };
+        let mut body = response.into_body();
+        tokio::select! {
+            frame = body.frame() => assert!(matches!(frame, Some(Err(BodyError::Timeout)))),
+            () = sending => {}
+        }
+        let took = begun.elapsed();
+        assert!((5400..5600).contains(&took.as_millis()), "{took:?}");
+        assert!(
+            telemetry
+                .encode()
+                .contains(r#"response_flags="idle_timeout"} 1"#)
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_has_ended_once_and_for_all_who_wait() {
+        let mut sent = Sent::default();
+        sent.ended().await;
+        let mut body = sent.count(Body::boxed(Silent));
+        {
+            let mut ended = pin!(sent.ended());
+            tokio::select! {
+                biased;
+                () = &mut ended => panic!("it has not ended"),
+                frame = body.frame() => panic!("{frame:?}"),
+                () = sleep(Duration::from_secs(1)) => {}
+            }
+            drop(body);
+            ended.await;
+        }
+        sent.ended().await;
+    }
+
+    #[test]
+    fn what_broke_an_answer_is_told_apart() {
+        let telemetry = Telemetry::new();
+        let mut record = record(&telemetry, false);
+        let gone = || BodyError::Http2(h2::Reason::INTERNAL_ERROR.into());
+        assert_eq!(record.broken(&gone()), ProxyError::UpstreamReset);
+        record.tunnelled = true;
+        assert_eq!(record.broken(&gone()), ProxyError::TunnelReset);
+        assert_eq!(
+            record.broken(&BodyError::Framing),
+            ProxyError::UpstreamProtocol
+        );
+        assert_eq!(
+            record.broken(&BodyError::Truncated),
+            ProxyError::UpstreamReset
+        );
     }
 
     #[tokio::test(start_paused = true)]

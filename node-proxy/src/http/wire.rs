@@ -2,19 +2,22 @@
 //!
 //! A request is an HTTP/2 request of its own: the app's pseudo-headers and headers, and beside them
 //! `warren-target` (the pod's address and port), `warren-source` (the caller's address), `warren-service`
-//! (`namespace/name:port`, if a Service was addressed), `warren-version` (what the app speaks) and `warren-case` (how an
-//! HTTP/1 app spelled its header names). An HTTP/1 app's `Host` stays a header, so that it arrives untouched.
+//! (`namespace/name:port`, if a Service was addressed), `warren-version` (what the app speaks), `warren-case` (how an
+//! HTTP/1 app spelled its header names) and `warren-connect-timeout` (milliseconds, if a policy has one). An HTTP/1 app's
+//! `Host` stays a header, so that it arrives untouched.
 //! An upgrade is an extended CONNECT (RFC 8441) whose `:protocol` is the first token of `Upgrade`, and an
 //! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`]. What is large of a large head goes before the
 //! body ([`pack`]).
 //!
 //! Invariant: no header that begins with `warren-` passes from an app to the mesh or back; those on the
-//! tunnel are written by a proxy and removed by the next one.
+//! tunnel are written by a proxy and removed by the next one. Nor one that begins with `warren_`: to a CGI program both
+//! are the same variable (RFC 3875, section 4.1.18).
 
 use std::fmt;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use h2::ext::Protocol as ExtendedProtocol;
 use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, UPGRADE};
@@ -23,7 +26,7 @@ use http::{Method, StatusCode, Version, response};
 use mesh_api::errors::ProxyError;
 use mesh_api::names::PROXY_ERROR_HEADER;
 
-use super::h1::{HeaderCase, remove_hop_by_hop};
+use super::h1::{AbsoluteForm, HeaderCase, remove_hop_by_hop};
 
 /// `:protocol` of an app's own CONNECT.
 pub const CONNECT_PROTOCOL: &str = "warren-connect";
@@ -37,9 +40,9 @@ const ERROR: HeaderName = HeaderName::from_static(PROXY_ERROR_HEADER);
 const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
 /// The method of an upgrade, if it is not GET.
 const METHOD: HeaderName = HeaderName::from_static("warren-method");
-const PREFIX: &str = "warren-";
+const CONNECT_TIMEOUT: HeaderName = HeaderName::from_static("warren-connect-timeout");
 /// Headers of a proxy's own beside those of a message.
-const MOST_OWN: usize = 6;
+const MOST_OWN: usize = 7;
 
 /// What a request on a tunnel says beside the app's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,13 +53,21 @@ pub struct Envelope {
     pub source: IpAddr,
     /// `namespace/name:port` of the Service whose endpoint it is.
     pub service: Option<Arc<str>>,
+    /// How long the connection to the app may take, if a policy says so.
+    pub connect: Option<Duration>,
+}
+
+/// Whether only proxies may say this.
+fn is_reserved(name: &HeaderName) -> bool {
+    let rest = name.as_str().as_bytes().strip_prefix(b"warren");
+    rest.is_some_and(|rest| matches!(rest.first(), Some(b'-' | b'_')))
 }
 
 /// Removes what only proxies may say. Returns whether there was any of it.
 pub fn strip(headers: &mut HeaderMap) -> bool {
     let forged: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| name.as_str().starts_with(PREFIX))
+        .filter(|name| is_reserved(name))
         .cloned()
         .collect();
     for name in &forged {
@@ -75,6 +86,10 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         headers.insert(SERVICE, value(service)?);
     }
     headers.insert(VERSION, HeaderValue::from_static(version(parts.version)));
+    if let Some(connect) = envelope.connect {
+        let millis = u64::try_from(connect.as_millis()).unwrap_or(u64::MAX);
+        headers.insert(CONNECT_TIMEOUT, HeaderValue::from(millis));
+    }
     if let Some(case) = parts.extensions.remove::<HeaderCase>() {
         headers.insert(CASE, case.encode());
     }
@@ -93,6 +108,10 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         parts.headers.remove(CONTENT_LENGTH);
         parts.extensions.insert(protocol);
     }
+    if parts.version == Version::HTTP_2 && parts.uri.authority().is_none() {
+        // A request with `host` in its place (RFC 9113, 8.3.1), which the codec takes of HTTP/1 only.
+        parts.version = Version::HTTP_11;
+    }
     Ok(())
 }
 
@@ -102,6 +121,7 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
     let names = [TARGET, SOURCE, SERVICE, VERSION, CASE, AUTHORITY, METHOD];
     let [target, source, service, version, case, authority, method] =
         names.map(|name| headers.remove(name));
+    let connect = headers.remove(CONNECT_TIMEOUT);
     // What a newer peer may say beside it.
     strip(headers);
     let target: SocketAddr = parse(target)?;
@@ -111,6 +131,10 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
         service: match service {
             None => None,
             Some(value) => Some(value.to_str().map_err(|_| ProxyError::BadRequest)?.into()),
+        },
+        connect: match connect {
+            None => None,
+            millis => Some(Duration::from_millis(parse(millis)?)),
         },
     };
     parts.version = match version.as_ref().map(HeaderValue::as_bytes) {
@@ -144,6 +168,11 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
             // The codec adds `Connection: upgrade`.
             parts.headers.insert(UPGRADE, value);
         }
+    }
+    // A target in origin form comes without a scheme: there was no authority to go with it.
+    let of_http1 = parts.version != Version::HTTP_2 && parts.method != Method::CONNECT;
+    if of_http1 && parts.uri.scheme().is_some() {
+        parts.extensions.insert(AbsoluteForm);
     }
     Ok(envelope)
 }

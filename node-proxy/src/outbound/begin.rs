@@ -13,7 +13,7 @@ use crate::balance::Pending;
 use crate::deliver::UNUSED;
 use crate::flow::Flow;
 use crate::http::caller::Target;
-use crate::http::detect::{MAX_PEEK, Protocol};
+use crate::http::detect::Protocol;
 use crate::http::opening::{self, Declared, Opening};
 use crate::http::route::RouteSet;
 use crate::pods::Pod;
@@ -55,9 +55,15 @@ pub(super) async fn begin(
         Declared::Opaque => Some(Protocol::Opaque),
         Declared::ClientFirst => {
             let opening = opening::read(socket, bytes).await.map_err(gone)?;
-            let known = opening.protocol;
             bytes = opening.bytes.into();
-            Some(known)
+            Some(match opening.protocol {
+                // HTTP/1 says what is wrong with it: passed on, the app might take it for a request that nobody has looked
+                // at. A client that ends without a word is left to TCP.
+                Protocol::Opaque if !bytes.is_empty() && !has_tls_route(&target, pod) => {
+                    Protocol::Http1
+                }
+                known => known,
+            })
         }
         Declared::Unset => match opening::look(socket, &mut bytes).map_err(gone)? {
             None if bytes.is_empty() => {
@@ -127,9 +133,6 @@ async fn first(
             readable = socket.readable() => {
                 readable.map_err(|_| ProxyError::Cancelled)?;
                 let known = opening::look(socket, bytes).map_err(|_| ProxyError::Cancelled)?;
-                if bytes.len() > MAX_PEEK {
-                    return Ok(First::Client(Protocol::Opaque));
-                }
                 if let Some(protocol) = known {
                     return Ok(First::Client(protocol));
                 }

@@ -177,6 +177,38 @@ fn fields_of_the_gateway_api_count() {
         conditions(&of_service, "TrafficPolicy", "p")[0],
         "Accepted=False Conflicted: retry.statusCodes is ignored: spec.rules[0].retry.codes of HTTPRoute demo/r is set"
     );
+    // No field of the same name: that the stanza is there is enough.
+    let conditions_only = "retry: {conditions: [ConnectFailure]}";
+    let of_service = model(&policy(
+        "p",
+        1,
+        &format!("targetRefs: [{WEB}], {conditions_only}"),
+    ));
+    assert_eq!(
+        conditions(&of_service, "TrafficPolicy", "p")[0],
+        "Accepted=False Conflicted: retry.conditions is ignored: spec.rules[0].retry of HTTPRoute demo/r is set"
+    );
+    for (rule, ignored) in [("slow", true), ("plain", false)] {
+        let target = format!(
+            "{{group: gateway.networking.k8s.io, kind: HTTPRoute, name: r, sectionName: {rule}}}"
+        );
+        let of_rule = model(&policy(
+            "p",
+            1,
+            &format!("targetRefs: [{target}], {conditions_only}"),
+        ));
+        let expected = match ignored {
+            true => {
+                "Accepted=False Conflicted: retry.conditions is ignored: spec.rules[0].retry of the route is set"
+            }
+            false => "Accepted=True Accepted: ",
+        };
+        assert_eq!(
+            conditions(&of_rule, "TrafficPolicy", "p")[0],
+            expected,
+            "{rule}"
+        );
+    }
     let backend = "apiVersion: gateway.networking.x-k8s.io/v1alpha1\nkind: XBackendTrafficPolicy\n\
                    metadata: {name: x, namespace: demo}\nspec: {targetRefs: [{group: '', kind: Service, name: web}], retryConstraint: {}}\n";
     let budget = policy(

@@ -212,6 +212,8 @@ fn gateway_field(rule: &HttpRouteRule, field: &str) -> Option<&'static str> {
     let (retry, timeouts) = (rule.retry.as_ref(), rule.timeouts.as_ref());
     let (name, is_set) = match field {
         "retry.attempts" => ("retry.attempts", retry?.attempts.is_some()),
+        // GEP-1731: with the stanza, every kind of connection error is tried again.
+        "retry.conditions" => ("retry", retry.is_some()),
         "retry.statusCodes" => ("retry.codes", !retry?.codes.is_empty()),
         "retry.backoff" => ("retry.backoff", retry?.backoff.is_some()),
         "timeouts.request" => ("timeouts.request", timeouts?.request.is_some()),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as k8s;
+use mesh_api::names;
 use mesh_api::proto::mesh::RouteKind;
 
 use crate::providers::NamespacedName;
@@ -134,12 +135,8 @@ impl<'a> Services<'a> {
 
 /// What the proxies speak HTTP to (GEP-1911), TLS not among it.
 fn is_http_like(app_protocol: Option<&str>) -> bool {
-    match app_protocol.unwrap_or_default() {
-        "" | "kubernetes.io/h2c" | "kubernetes.io/ws" => true,
-        other => ["http", "http2", "h2c", "grpc"]
-            .iter()
-            .any(|known| known.eq_ignore_ascii_case(other)),
-    }
+    let protocol = app_protocol.unwrap_or_default();
+    protocol.is_empty() || names::is_http(protocol)
 }
 
 fn is_external(service: &k8s::Service) -> bool {

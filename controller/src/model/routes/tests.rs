@@ -31,6 +31,17 @@ items:
   spec: {clusterIP: 10.96.0.4, ports: [{name: sql, port: 3306, appProtocol: mysql}, {name: admin, port: 80}]}
 - apiVersion: v1
   kind: Service
+  metadata: {name: spoken, namespace: demo}
+  spec:
+    clusterIP: 10.96.0.5
+    ports:
+    - {name: a, port: 1, appProtocol: WS}
+    - {name: b, port: 2, appProtocol: grpc-web}
+    - {name: c, port: 3, appProtocol: kubernetes.io/H2C}
+    - {name: d, port: 4, appProtocol: kubernetes.io/ws}
+    - {name: e, port: 5, appProtocol: kubernetes.io/wss}
+- apiVersion: v1
+  kind: Service
   metadata: {name: headless, namespace: demo}
   spec: {clusterIP: None, ports: [{port: 80}]}
 - apiVersion: v1
@@ -297,6 +308,45 @@ fn backends_that_cannot_be_used_keep_their_share() {
         ""
     );
     assert_eq!(complaints(&model, "TCPRoute demo/t"), [""; 0]);
+}
+
+/// GEP-1911: what the proxies know as HTTP, in any case, can be routed as such.
+#[test]
+fn backends_and_parents_speak_http() {
+    for (port, good) in [(1, true), (2, true), (3, true), (4, true), (5, false)] {
+        let spec = format!(
+            "  parentRefs: [{{group: '', kind: Service, name: spoken, port: {port}}}]\n  rules: [{{backendRefs: [{{name: v1, port: 80}}]}}]"
+        );
+        let as_parent = model(&route("HTTPRoute", "demo", "r", &spec));
+        let attached = !parents(&as_parent, "httproute/demo/r").is_empty();
+        assert_eq!(attached, good, "parent, port {port}");
+        let rule = format!("  - backendRefs: [{{name: spoken, port: {port}}}]");
+        let as_backend = model(&http(&rule));
+        let invalid = &one(&as_backend).rules[0].backends[0].invalid;
+        assert_eq!(invalid.is_empty(), good, "backend, port {port}: {invalid}");
+    }
+}
+
+/// What a proxy would refuse to do is no rule that is accepted.
+#[test]
+fn headers_that_cannot_be_changed_cost_their_rule() {
+    let mut objects = objects(&http(
+        "  - backendRefs: [{name: v1, port: 80}]\n    filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: é}], remove: [te]}}]",
+    ));
+    assert_eq!(complaints(&model_of(&objects), "HTTPRoute demo/r"), [""; 0]);
+    let key = ("demo".to_owned(), "r".to_owned());
+    let route = objects.http_routes.get_mut(&key).unwrap();
+    let rule = &mut Arc::make_mut(route).spec.rules.as_mut().unwrap()[0];
+    let modifier = rule.filters[0].request_header_modifier.as_mut().unwrap();
+    modifier.set[0].name = "Warren-Client-Id".into();
+    let model = model_of(&objects);
+    assert!(one(&model).rules[0].invalid.starts_with(
+        "spec.rules[0].filters[0].requestHeaderModifier.set[0].name: \"Warren-Client-Id\" cannot"
+    ));
+    assert!(
+        complaints(&model, "HTTPRoute demo/r")[0]
+            .starts_with("web: Accepted=False UnsupportedValue")
+    );
 }
 
 /// HTTPRequestMirrorFilter, GEP-3171: a mirror that is not there is left out, its request is not.

@@ -254,9 +254,13 @@ fn match_type(kind: Option<&str>, value: &str, at: &mut Report<'_>) {
 
 /// As the proxies read it: the whole value must match.
 fn regular_expression(value: &str, at: &mut Report<'_>) {
-    let built = regex::RegexBuilder::new(&format!("^(?:{value})$"))
-        .size_limit(REGEX_BYTES)
-        .build();
+    let bounded = |text: &str| {
+        regex::RegexBuilder::new(text)
+            .size_limit(REGEX_BYTES)
+            .build()
+    };
+    // Alone first, so that `a)|(b` is not made valid by what is put around it.
+    let built = bounded(value).and_then(|_| bounded(&format!(r"\A(?:{value})\z")));
     if let Err(error) = built {
         let text = error.to_string();
         let reason = text.lines().last().unwrap_or_default().trim();
@@ -460,3 +464,6 @@ const REGEX_BYTES: usize = 1 << 20;
 const METHODS: [&str; 9] = [
     "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
 ];
+
+#[cfg(test)]
+mod tests;

@@ -153,7 +153,8 @@ fn retry_fields(retry: &Retry, at: &mut Report<'_>) {
         let max = time("max", backoff.max.as_deref(), 1..=5 * MINUTE, &mut at);
         not_below("max", max, "base", base, &mut at);
     }
-    range("maxBodyBytes", retry.max_body_bytes, 0..=16 << 20, at);
+    // Proxies keep no more of a body (`MAX_BODY_BOUND`).
+    range("maxBodyBytes", retry.max_body_bytes, 0..=1 << 20, at);
     if let Some(budget) = &retry.budget {
         let mut at = at.at(steps!["budget"]);
         range("percent", budget.percent, 0..=100, &mut at);

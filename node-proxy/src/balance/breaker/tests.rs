@@ -198,7 +198,7 @@ fn a_probe_without_an_answer_is_no_verdict() {
     let circuit = ejected(&breaker);
     let at = now(2, 1_000);
     let probe = circuit.try_probe(&breaker, &at).expect("due");
-    circuit.abandon(&probe, 1_000);
+    circuit.abandon(&probe, &at);
     assert!(!circuit.is_closed());
     assert!(circuit.try_probe(&breaker, &now(2, 1_099)).is_none());
     let second = circuit
@@ -217,12 +217,23 @@ fn a_probe_without_an_answer_is_no_verdict() {
     );
     assert_eq!(late, Change::None);
     assert!(circuit.try_probe(&breaker, &now(11, 9_000)).is_none());
-    circuit.abandon(&second, 9_000);
+    circuit.abandon(&second, &now(11, 9_000));
     assert!(
         circuit.try_probe(&breaker, &now(11, 9_900)).is_none(),
         "not the second's to give"
     );
     assert!(third.lease > second.lease);
+}
+
+#[test]
+fn patience_begins_anew_with_a_probe_that_was_given_back() {
+    let breaker = Breaker::default();
+    let circuit = ejected(&breaker);
+    let late = now(1_000, 0);
+    let probe = circuit.try_probe(&breaker, &late).expect("waited");
+    circuit.abandon(&probe, &late);
+    assert!(circuit.try_probe(&breaker, &now(1_001, 1)).is_none());
+    assert!(circuit.try_probe(&breaker, &now(1_001, 100)).is_some());
 }
 
 #[test]

@@ -2,14 +2,18 @@
 //!
 //! One dial per key at a time; whoever needs the connection waits for it. A connection is left when the app
 //! sends GOAWAY or it fails, and another one is dialled when every one carries as many streams as the app
-//! takes.
+//! takes. An extended CONNECT is sent to an app that has said that it takes it (RFC 8441 3); a new connection's SETTINGS
+//! are waited for.
 
+use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::Ping;
 use h2::client::SendRequest;
+use h2::ext::Protocol;
 use http::header::{self, HeaderMap};
 use http::request::Parts;
 use http::uri::{Authority, Scheme, Uri};
@@ -17,7 +21,7 @@ use http::{Method, Response, Version};
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, interval, timeout};
 
@@ -57,8 +61,14 @@ struct Connection {
     send: SendRequest<Bytes>,
     streams: AtomicUsize,
     closed: AtomicBool,
+    /// It has been of use.
+    answered: AtomicBool,
     idle_since: Mutex<Instant>,
     driver: Option<AbortHandle>,
+    /// Somebody must know what the app's SETTINGS say.
+    asked: Notify,
+    /// Whether they have come, or never will.
+    told: watch::Sender<bool>,
 }
 
 /// A place for one stream.
@@ -94,8 +104,67 @@ impl Drop for Shared {
 }
 
 impl Connection {
+    fn new(send: SendRequest<Bytes>, driver: Option<AbortHandle>) -> Self {
+        Self {
+            send,
+            streams: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            answered: AtomicBool::new(false),
+            idle_since: Mutex::new(Instant::now()),
+            driver,
+            asked: Notify::new(),
+            told: watch::Sender::new(false),
+        }
+    }
+
     fn share(&self) -> usize {
         self.send.current_max_send_streams().clamp(1, MOST_STREAMS)
+    }
+
+    /// Waits until the connection takes a request. None: it is an extended CONNECT, and the app takes none, or has not
+    /// said so `within` that time.
+    async fn ready(
+        &self,
+        extended: bool,
+        within: Duration,
+    ) -> Result<Option<SendRequest<Bytes>>, h2::Error> {
+        let taken = !extended || self.takes_extended_connect(within).await;
+        let ready = self.send.clone().ready().await?;
+        Ok(taken.then_some(ready))
+    }
+
+    /// Learns from how a request on it ended.
+    fn judge(
+        &self,
+        sent: Result<Response<Body>, ExchangeError>,
+    ) -> Result<Response<Body>, AppError> {
+        let error = match sent {
+            Ok(response) => {
+                self.answered.store(true, Ordering::Relaxed);
+                return Ok(response);
+            }
+            Err(error) => error,
+        };
+        if let ExchangeError::Connection(_) | ExchangeError::Unusable(_) = &error {
+            self.closed.store(true, Ordering::Relaxed);
+        }
+        let kept = self.answered.load(Ordering::Relaxed);
+        match &error {
+            ExchangeError::Connection(cause) if cause.is_io() && kept => {
+                Err(AppError::ClosedIdle(None))
+            }
+            _ => Err(AppError::Http2(error)),
+        }
+    }
+
+    async fn takes_extended_connect(&self, within: Duration) -> bool {
+        if !self.send.is_extended_connect_protocol_enabled() {
+            let mut told = self.told.subscribe();
+            self.asked.notify_one();
+            // What is not said in time is a no.
+            let _ = timeout(within, told.wait_for(|told| *told)).await;
+        }
+        self.send.is_extended_connect_protocol_enabled()
     }
 }
 
@@ -122,6 +191,7 @@ pub(super) async fn send(
     connect_timeout: Duration,
 ) -> Result<Response<Body>, AppError> {
     let shelf = Key::from(key);
+    let extended = request.head.extensions.get::<Protocol>().is_some();
     let mut gone = 0;
     // Others may take all places of a connection that was waited for: then the next is dialled, as long as there may
     // be one more.
@@ -140,8 +210,12 @@ pub(super) async fn send(
                 return Err(AppError::Connect(error, Some(request)));
             }
         };
-        match place.0.send.clone().ready().await {
-            Ok(mut ready) => {
+        match place.0.ready(extended, connect_timeout).await {
+            Ok(None) => {
+                let error = ProxyError::UnsupportedProtocol;
+                return Err(AppError::Connect(error, Some(request)));
+            }
+            Ok(Some(mut ready)) => {
                 for_http2(&mut request.head);
                 let connection = Arc::clone(&place.0);
                 let sent = exchange(
@@ -151,10 +225,7 @@ pub(super) async fn send(
                     Arc::clone(&key.pod.account),
                 )
                 .await;
-                if let Err(ExchangeError::Connection(_) | ExchangeError::Unusable(_)) = &sent {
-                    connection.closed.store(true, Ordering::Relaxed);
-                }
-                return sent.map_err(AppError::Http2);
+                return connection.judge(sent);
             }
             Err(_going_away) => {
                 place.0.closed.store(true, Ordering::Relaxed);
@@ -240,6 +311,7 @@ async fn dial(
     drop(done);
     drive(driving, holding, &connection).await;
     connection.closed.store(true, Ordering::Relaxed);
+    connection.told.send_replace(true);
     if let Some(pool) = pool.upgrade() {
         let mut state = pool.state.lock();
         if let Some(shelf) = state.shelves.get_mut(&shelf) {
@@ -260,13 +332,8 @@ fn shelve(
     let mut state = pool.state.lock();
     let shared = &mut state.shelves.get_mut(shelf)?.shared;
     let dialing = shared.dialing.take();
-    let connection = Arc::new(Connection {
-        send: send?,
-        streams: AtomicUsize::new(0),
-        closed: AtomicBool::new(false),
-        idle_since: Mutex::new(Instant::now()),
-        driver: dialing.map(|dialing| dialing.task),
-    });
+    let driver = dialing.map(|dialing| dialing.task);
+    let connection = Arc::new(Connection::new(send?, driver));
     shared.connections.push(Arc::clone(&connection));
     Some(connection)
 }
@@ -296,10 +363,22 @@ async fn drive(mut driving: Driving, holding: Holding, connection: &Connection) 
             }
         }
     };
+    let mut pings = driving.ping_pong();
+    let settings = async {
+        connection.asked.notified().await;
+        // SETTINGS are the first that an app sends (RFC 9113 3.4): they are here when it answers anything.
+        if let Some(pings) = &mut pings
+            && pings.ping(Ping::opaque()).await.is_ok()
+        {
+            connection.told.send_replace(true);
+        }
+        pending::<()>().await;
+    };
     tokio::select! {
         // Its reason reaches every stream.
         _ended = &mut driving => {}
         () = idle => {}
+        () = settings => {}
     }
     drop(holding);
 }
@@ -329,4 +408,65 @@ fn absolute(uri: &Uri, headers: &HeaderMap) -> Option<Uri> {
     parts.scheme = Some(Scheme::HTTP);
     parts.authority = Some(Authority::try_from(host.as_bytes()).ok()?);
     Uri::from_parts(parts).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::budget::{Account, Limits, Resource};
+
+    /// A connection to an app that says nothing before it is told to.
+    async fn connected(takes: bool) -> (Arc<Connection>, oneshot::Sender<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let (far, _) = listener.accept().await.unwrap();
+        let (go, told) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let mut builder = h2::server::Builder::new();
+            if takes {
+                builder.enable_connect_protocol();
+            }
+            // A test that never tells it to ends it.
+            if told.await.is_ok() {
+                let mut server = builder.handshake::<_, Bytes>(far).await.unwrap();
+                while server.accept().await.is_some() {}
+            }
+        });
+        let (send, driving) = handshake(near.unwrap()).await.unwrap();
+        let connection = Arc::new(Connection::new(send, None));
+        let account = Account::new("demo".into(), "web".into(), &Limits::default());
+        let holding = Holding {
+            charge: account.open_charge(Resource::Socket),
+            open: None,
+        };
+        let driven = Arc::clone(&connection);
+        tokio::spawn(async move { drive(driving, holding, &driven).await });
+        (connection, go)
+    }
+
+    #[tokio::test]
+    async fn an_extended_connect_is_sent_only_to_apps_that_take_it() {
+        let within = Duration::from_secs(10);
+        for takes in [true, false] {
+            let (connection, go) = connected(takes).await;
+            assert!(connection.ready(false, within).await.unwrap().is_some());
+            let mut ready = Box::pin(connection.ready(true, within));
+            for _ in 0..20 {
+                assert!(futures::poll!(&mut ready).is_pending(), "not known yet");
+                tokio::task::yield_now().await;
+            }
+            go.send(()).unwrap();
+            assert_eq!(ready.await.unwrap().is_some(), takes);
+            // From now on it is known.
+            let known = connection.ready(true, Duration::ZERO).await;
+            assert_eq!(known.unwrap().is_some(), takes);
+            assert!(connection.ready(false, within).await.unwrap().is_some());
+        }
+        let (connection, _silent) = connected(true).await;
+        let late = connection.ready(true, Duration::from_millis(10)).await;
+        assert!(late.unwrap().is_none());
+    }
 }

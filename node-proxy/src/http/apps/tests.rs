@@ -358,7 +358,32 @@ async fn an_http2_stream_that_is_refused_was_not_processed() {
         respond.send_reset(Reason::REFUSED_STREAM);
     };
     let (response, ()) = tokio::join!(apps.send(&key, get()), refuse);
-    assert_eq!(failure(&response.unwrap_err()), ProxyError::ConnectFailed);
+    assert_eq!(failure(&response.unwrap_err()), ProxyError::RefusedStream);
+}
+
+#[tokio::test]
+async fn a_kept_http2_connection_that_breaks_is_told_from_a_new_one() {
+    let (pod, _directory) = pod(4);
+    for (answers, cause) in [(1, ProxyError::IdleClosed), (0, ProxyError::UpstreamReset)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut server = h2::server::handshake(stream).await.unwrap();
+            for _ in 0..answers {
+                let (_, mut respond) = server.accept().await.unwrap().unwrap();
+                respond.send_response(Response::new(()), true).unwrap();
+            }
+            let _not_answered = server.accept().await;
+        });
+        let apps = Apps::default();
+        let key = key(&pod, address, Version::HTTP_2);
+        for _ in 0..answers {
+            apps.send(&key, get()).await.unwrap();
+        }
+        let error = apps.send(&key, get()).await.unwrap_err();
+        assert_eq!(failure(&error), cause, "{error}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

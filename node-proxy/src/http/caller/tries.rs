@@ -1,14 +1,17 @@
 //! The tries of one request: endpoint, attempt, and whether and when there is another.
 
+use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
+use http::StatusCode;
 use http::header::HeaderMap;
 use http::request::Parts;
 use http_body::Body as _;
 use mesh_api::errors::ProxyError;
-use tokio::time::Instant as Clock;
+use tokio::time::{Instant as Clock, sleep};
 
 use super::plan::{Goal, Plan};
 use super::{Exchange, Stop};
@@ -17,12 +20,9 @@ use crate::budget::Account;
 use crate::http::BoxedRequest;
 use crate::http::attempt::{Answer, Failed, Way};
 use crate::http::body::Body;
-use crate::http::policy::{OverBudget, Policy};
-use crate::http::retry::{Cause, Pushback, Replay, should_retry};
-use crate::http::watched::grpc_status;
-
-/// No connect timeout is set: longer than any socket of the stock takes.
-const LONG: Duration = Duration::from_secs(3600);
+use crate::http::policy::{Budget, OverBudget, Policy, Timeouts};
+use crate::http::retry::{Cause, Pushback, Replay, Told, should_retry};
+use crate::http::watched::{Sent, grpc_status, is_failure};
 
 impl Exchange<'_> {
     /// Tries until there is an answer to give.
@@ -38,6 +38,7 @@ impl Exchange<'_> {
         let mut tried = Vec::new();
         let mut retries = 0;
         let mut last: Option<ProxyError> = None;
+        let of_request = self.bounds;
         loop {
             let (pick, to) = match self.endpoint(plan, goal, &parts.headers, &tried) {
                 Some(found) => found,
@@ -50,17 +51,23 @@ impl Exchange<'_> {
             };
             let head = Box::new(parts.clone());
             let request = BoxedRequest { head, body };
-            let begun = Instant::now();
+            let begun = Clock::now();
             let result = self.attempt(plan, goal, to, request).await;
             self.record.latency = begun.elapsed();
+            let outcome = Outcome::of(&result, self.record.grpc);
             if result.is_ok() {
                 self.session.count(&self.labels);
+                // The answer's body is part of the try.
+                self.bounds = match policy.timeouts.per_try {
+                    Some(limit) => of_request.by(begun + limit, ProxyError::TryTimeout),
+                    None => of_request,
+                };
             }
-            let (cause, failed) = match &result {
-                Ok(answered) => (answer_cause(answered, self.record.grpc), None),
-                Err(failed) => (failed.cause, Some(failed.error)),
-            };
-            let Some(cause) = cause else {
+            if outcome.of_client {
+                self.record.pick = None;
+            }
+            let failed = result.as_ref().err().map(|failed| failed.error);
+            let Some(cause) = outcome.cause else {
                 source.commit();
                 return give(result, to);
             };
@@ -68,6 +75,7 @@ impl Exchange<'_> {
                 policy,
                 retries,
                 cause,
+                outcome.told,
                 &parts.method,
                 source.is_replayable(),
                 &mut rand::rng(),
@@ -79,23 +87,24 @@ impl Exchange<'_> {
                 }
                 return give(result, to);
             };
-            let over_deadline = self
-                .bounds
+            let over_deadline = of_request
                 .deadline
-                .is_some_and(|deadline| Clock::now() + pause >= deadline);
-            if over_deadline || !may_retry(plan, goal) {
+                .is_some_and(|(deadline, _)| Clock::now() + pause >= deadline);
+            let budget = goal.budget(plan);
+            if over_deadline || !may_retry(goal, budget.as_ref()) {
                 if !over_deadline {
                     self.record.request.retry_budget_exhausted();
                 }
                 if failed.is_some() {
                     self.record.judge(false);
                 }
-                if policy.retry.budget.over == OverBudget::Unavailable && !over_deadline {
+                let unavailable = budget.is_some_and(|b| b.over == OverBudget::Unavailable);
+                if unavailable && !over_deadline {
                     return Err(ProxyError::RetryBudget.into());
                 }
                 return give(result, to);
             }
-            self.record.judge(false);
+            self.record.judge(outcome.success);
             self.record.request.retried();
             if let Some(story) = &mut self.record.story {
                 story.retries += 1;
@@ -123,12 +132,12 @@ impl Exchange<'_> {
             Goal::Port(port) => port,
         };
         let rules = port.http.load();
-        let policy = &rules.policy.balance;
+        let policy = plan.policy.by_rule.balance(&rules.policy);
         let hash = policy.hash_key.as_ref();
         let info = self.session.pod.info.load();
         let session = plan.session.map(|token| token.endpoint);
         let mut context = PickContext {
-            policy,
+            policy: &policy,
             v6: self.session.v6,
             tried,
             hash: hash.and_then(|key| key.of(headers, self.session.source.ip())),
@@ -165,25 +174,28 @@ impl Exchange<'_> {
             story.labels = self.labels.clone();
             story.destination = to;
         }
+        self.record.tunnelled = way.is_tunnel();
         let timeouts = &plan.policy.timeouts;
         let service = match goal {
             Goal::Port(port) => Some(port),
             Goal::Address(_) => None,
         };
-        let connect = timeouts.connect.unwrap_or(LONG);
-        let sending = way.send(&caller, service, request, connect);
-        let (limit, error) = match (timeouts.per_try, timeouts.response_headers) {
-            (None, None) => return sending.await,
-            (Some(a), Some(b)) if b < a => (b, ProxyError::ResponseHeadersTimeout),
-            (Some(a), _) => (a, ProxyError::TryTimeout),
-            (None, Some(b)) => (b, ProxyError::ResponseHeadersTimeout),
+        let sending = way.send(&caller, service, request, timeouts.connect);
+        if timeouts.per_try.is_none() && timeouts.response_headers.is_none() {
+            return sending.await;
+        }
+        let error = {
+            let mut sending = pin!(sending);
+            tokio::select! {
+                biased;
+                sent = &mut sending => return sent,
+                error = late(timeouts, &self.record.sent) => error,
+            }
         };
-        tokio::time::timeout(limit, sending)
-            .await
-            .unwrap_or(Err(Failed {
-                error,
-                cause: Some(Cause::Timeout),
-            }))
+        Err(Failed {
+            error,
+            cause: Some(Cause::Timeout),
+        })
     }
 }
 
@@ -229,11 +241,43 @@ impl Source {
     }
 }
 
-/// Whether the Service's budget has a retry left; a pod that is called by its address has none.
-fn may_retry(plan: &Plan, goal: &Goal) -> bool {
-    match goal {
-        Goal::Port(port) => port.state.try_retry(&plan.policy, Instant::now()),
-        Goal::Address(_) => true,
+/// Waits until a try has had no answer for too long.
+async fn late(timeouts: &Timeouts, sent: &Sent) -> ProxyError {
+    let a_try = async {
+        match timeouts.per_try {
+            Some(limit) => sleep(limit).await,
+            None => pending().await,
+        }
+    };
+    let headers = async {
+        let Some(limit) = timeouts.response_headers else {
+            return pending().await;
+        };
+        sent.ended().await;
+        sleep(limit).await;
+    };
+    tokio::select! {
+        biased;
+        () = headers => ProxyError::ResponseHeadersTimeout,
+        () = a_try => ProxyError::TryTimeout,
+    }
+}
+
+impl Goal {
+    /// How many retries the Service takes; a pod that is called by its address has no budget.
+    fn budget(&self, plan: &Plan) -> Option<Budget> {
+        match self {
+            Self::Port(port) => Some(plan.policy.by_rule.budget(&port.http.load().policy)),
+            Self::Address(_) => None,
+        }
+    }
+}
+
+/// Whether the Service's budget has a retry left.
+fn may_retry(goal: &Goal, budget: Option<&Budget>) -> bool {
+    match (goal, budget) {
+        (Goal::Port(port), Some(budget)) => port.state.try_retry(budget, Instant::now()),
+        _ => true,
     }
 }
 
@@ -244,15 +288,62 @@ fn give(result: Result<Answer, Failed>, to: SocketAddr) -> Result<(Answer, Socke
     }
 }
 
-/// What an answer may be tried again for.
-fn answer_cause(answered: &Answer, grpc: bool) -> Option<Cause> {
-    let headers = answered.response.headers();
-    let status = answered.response.status();
-    let grpc_code = grpc_status(headers).filter(|_| grpc).map(u32::from);
-    let failure = status.is_client_error() || status.is_server_error();
-    (failure || grpc_code.is_some_and(|code| code != 0)).then(|| Cause::Answer {
-        status,
-        grpc_code,
-        pushback: Pushback::of(headers, SystemTime::now()),
-    })
+/// How a try ended.
+struct Outcome {
+    /// What it may be tried again for.
+    cause: Option<Cause>,
+    told: Told,
+    /// Whether the endpoint did its part.
+    success: bool,
+    /// It says something of the client, and nothing of the endpoint.
+    of_client: bool,
+}
+
+impl Outcome {
+    fn of(result: &Result<Answer, Failed>, grpc: bool) -> Self {
+        match result {
+            Ok(answered) => Self::of_answer(answered, grpc),
+            Err(failed) => Self {
+                cause: failed.cause,
+                told: Told {
+                    status: StatusCode::from_u16(failed.error.status())
+                        .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+                    grpc_code: grpc.then(|| failed.error.grpc_status().into()),
+                },
+                success: false,
+                of_client: is_of_client(failed.error),
+            },
+        }
+    }
+
+    fn of_answer(answered: &Answer, grpc: bool) -> Self {
+        let headers = answered.response.headers();
+        let status = answered.response.status();
+        let code = grpc_status(headers).filter(|_| grpc);
+        let failure = status.is_client_error() || status.is_server_error();
+        let answered_so = failure || code.is_some_and(|code| code != 0);
+        Self {
+            cause: answered_so.then(|| Cause::Answer {
+                pushback: Pushback::of(headers, SystemTime::now()),
+            }),
+            told: Told {
+                status,
+                grpc_code: code.map(u32::from),
+            },
+            success: !status.is_server_error() && !code.is_some_and(is_failure),
+            of_client: answered.error.is_some_and(is_of_client),
+        }
+    }
+}
+
+/// Rows about the request's own sender.
+const fn is_of_client(error: ProxyError) -> bool {
+    matches!(
+        error,
+        ProxyError::BodyTooLarge
+            | ProxyError::MalformedRequest
+            | ProxyError::SlowRequest
+            | ProxyError::WorkloadLimit
+            | ProxyError::Cancelled
+    )
 }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{MAX_METHOD, MAX_PEEK, Protocol, detect};
+use super::{MAX_PEEK, PREFACE, Protocol, detect, is_blank, is_token};
 use crate::http::h1;
 
 pub(crate) fn opening(bytes: &[u8]) {
@@ -21,23 +21,51 @@ pub(crate) fn opening(bytes: &[u8]) {
         long.resize(MAX_PEEK.max(long.len()), b'a');
         assert!(detect(&long).is_some());
     }
-    if whole == Some(Protocol::Http1) {
-        let spaces: Vec<_> = bytes.split(|b| *b == b' ').take(3).collect();
-        assert!(spaces[2].starts_with(b"HTTP/1."));
-    }
-    // What the codec would take must be led to it.
-    let method = bytes.iter().position(|b| *b == b' ').unwrap_or_default();
-    if method <= MAX_METHOD && h1::fuzz::heads::is_request(&Bytes::copy_from_slice(bytes)) {
-        assert_eq!(whole, Some(Protocol::Http1));
+    if bytes.len() < MAX_PEEK {
+        if whole == Some(Protocol::Http1) {
+            assert!(words(bytes).iter().skip(2).any(|word| is_version(word)));
+        }
+        // What the codec would take, or a server that divides a line into words, must be led to the codec.
+        let is_request = h1::fuzz::heads::is_request(&Bytes::copy_from_slice(bytes));
+        if is_request || is_lenient_request(bytes) {
+            assert_eq!(whole, Some(Protocol::Http1));
+        }
     }
     // What another TLS server reads in a ClientHello.
-    if let Some(name) = by_rustls(bytes).filter(|_| has_known_versions(bytes)) {
+    let is_seen = bytes.len() <= MAX_PEEK && has_known_versions(bytes);
+    if let Some(name) = by_rustls(bytes).filter(|_| is_seen) {
         assert!(matches!(&whole, Some(Protocol::Tls { .. })), "{whole:?}");
         if let Some(name) = name {
             let sni = Some(name.to_ascii_lowercase().into());
             assert_eq!(whole, Some(Protocol::Tls { sni }));
         }
     }
+}
+
+/// The words of the first line that has any.
+fn words(bytes: &[u8]) -> Vec<&[u8]> {
+    let mut lines = bytes.split(|b| *b == b'\n').map(|line| {
+        let words = line.split(|b| is_blank(*b));
+        words.filter(|word| !word.is_empty()).collect::<Vec<_>>()
+    });
+    lines.find(|words| !words.is_empty()).unwrap_or_default()
+}
+
+fn is_version(word: &[u8]) -> bool {
+    word.get(..5)
+        .is_some_and(|begin| begin.eq_ignore_ascii_case(b"HTTP/"))
+}
+
+/// Whether the first line is of three words, a method, a target and a version.
+fn is_lenient_request(bytes: &[u8]) -> bool {
+    let [method, target, version] = words(bytes)[..] else {
+        return false;
+    };
+    !PREFACE.starts_with(bytes)
+        && !bytes.starts_with(PREFACE)
+        && method.iter().all(|b| is_token(*b))
+        && !target.iter().any(u8::is_ascii_control)
+        && is_version(version)
 }
 
 /// Whether its records are of a version there is; a receiver may ignore that (RFC 8446, section 5.1), detection does not.
@@ -75,6 +103,14 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         "SSH-2.0-x\r\n",
         "M-SEARCH * HTTP/1.1\r\n",
         "GET /no-version\r\n",
+        "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        " GET\t /  Http/9.9\r\n",
+        "GET\u{b}/a b\rHTTP/1.1\n",
+        "GET http://a/ HTTP/1.1\r\n",
+        "A-METHOD-OF-MORE-THAN-THIRTY-TWO-BYTES / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nXX",
+        "0032git-upload-pack /project.git\0host=a\0",
+        "SET a hello\r\n",
         "\u{3}\u{0}\u{0}\u{13}",
     ]
     .map(|text| text.as_bytes().to_vec())

@@ -2,12 +2,13 @@
 //!
 //! Sizes are at most 16 hexadecimal digits; extensions are dropped, and bounded both on a line and over the
 //! body; every line ends with CR LF. Trailers are bounded, and those that would change framing or routing
-//! (RFC 9110 6.5.1) are dropped.
+//! (RFC 9110 6.5.1), or that HTTP/2 does not carry, are dropped.
 
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use super::head::Scan;
+use super::hop::is_ours;
 use super::reader::Reader;
 use crate::http::body::BodyError;
 
@@ -186,13 +187,12 @@ fn trailers(section: &Bytes) -> Result<HeaderMap, BodyError> {
     Ok(map)
 }
 
-/// Fields that must not be trailers (RFC 9110 6.5.1).
+/// Fields that must not be trailers (RFC 9110 6.5.1), and those that would be malformed in HTTP/2 (RFC 9113 8.2.2): a
+/// body that is whole must not fail on a tunnel for them.
 fn is_forbidden(name: &HeaderName) -> bool {
-    [
-        header::TRANSFER_ENCODING,
+    let others = [
         header::CONTENT_LENGTH,
         header::HOST,
-        header::CONNECTION,
         header::UPGRADE,
         header::TRAILER,
         header::TE,
@@ -203,6 +203,6 @@ fn is_forbidden(name: &HeaderName) -> bool {
         header::SET_COOKIE,
         header::COOKIE,
         header::EXPECT,
-    ]
-    .contains(name)
+    ];
+    is_ours(name) || others.contains(name)
 }

@@ -435,11 +435,3 @@ fn encode_request(parts: &mut request::Parts, body: &Body) -> (Vec<u8>, Option<F
     encode::request(&mut out, parts, says);
     (out, written)
 }
-
-fn expects_continue(parts: &request::Parts) -> bool {
-    parts.version == Version::HTTP_11
-        && parts
-            .headers
-            .get(header::EXPECT)
-            .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-}

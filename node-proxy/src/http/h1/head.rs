@@ -9,6 +9,9 @@ use super::case::HeaderCase;
 use super::hop::tokens;
 use super::{Limits, MOST_HEADERS, Refused};
 
+/// Largest Content-Length.
+const MOST_LENGTH: u64 = i64::MAX.unsigned_abs();
+
 /// Extension of a request whose target was in absolute form (RFC 9112 3.2.2); it is written so again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AbsoluteForm;
@@ -209,7 +212,7 @@ fn collect(
     for header in parsed {
         let name =
             HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| Refused::HeaderName)?;
-        let value = HeaderValue::from_maybe_shared(slice(bytes, header.value))
+        let mut value = HeaderValue::from_maybe_shared(slice(bytes, header.value))
             .map_err(|_| Refused::HeaderValue)?;
         if name == header::CONTENT_LENGTH {
             let length = length(&value)?;
@@ -218,6 +221,10 @@ fn collect(
                 Some(before) if before == length => continue,
                 Some(_) => return Err(Refused::ContentLength),
                 None => {}
+            }
+            if value.len() > 1 && value.as_bytes().starts_with(b"0") {
+                // HTTP/2 peers may not take so many digits.
+                value = HeaderValue::from(length);
             }
         } else if name == header::TRANSFER_ENCODING {
             encoding(&value, says.encoded)?;
@@ -236,7 +243,7 @@ fn collect(
     Ok((map, case, says))
 }
 
-/// Digits only: no sign, no list (RFC 9110 8.6).
+/// Digits only: no sign, no list (RFC 9110 8.6). At most 2^63 - 1, which every parser can hold.
 fn length(value: &HeaderValue) -> Result<u64, Refused> {
     let digits = value.as_bytes();
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
@@ -247,6 +254,7 @@ fn length(value: &HeaderValue) -> Result<u64, Refused> {
         .try_fold(0u64, |number, digit| {
             number.checked_mul(10)?.checked_add(u64::from(digit - b'0'))
         })
+        .filter(|number| *number <= MOST_LENGTH)
         .ok_or(Refused::ContentLength)
 }
 

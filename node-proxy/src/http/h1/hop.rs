@@ -4,6 +4,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Headers that a Connection header cannot make hop-by-hop: they are the message's own.
 const END_TO_END: [HeaderName; 6] = [
@@ -19,11 +20,14 @@ const END_TO_END: [HeaderName; 6] = [
 /// granted, so that the caller can put it back for the next hop (`Upgrade` in the headers of a message that
 /// is written makes the codec add `Connection: upgrade`).
 ///
-/// An upgrade to `h2c` is not passed on: RFC 9113 3.1 has withdrawn it, and what follows it would be opaque.
+/// An upgrade that names `h2c`, alone or among others, is not passed on, and neither is what belongs to it: RFC 9113 3.1
+/// has withdrawn it, and what follows it would be opaque.
 /// `te: trailers` stays. Transfer-Encoding goes: how the body is framed is the next hop's to say.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     // Most messages have none: one look at each name costs less than a look-up of each that might be there.
-    let ends_here = |name| is_ours(name) || *name == header::TE || *name == header::UPGRADE;
+    let ends_here = |name| {
+        is_ours(name) || *name == header::TE || *name == header::UPGRADE || *name == HTTP2_SETTINGS
+    };
     if !headers.keys().any(ends_here) {
         return None;
     }
@@ -50,6 +54,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     headers.remove(KEEP_ALIVE);
     headers.remove(PROXY_CONNECTION);
     headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(HTTP2_SETTINGS);
     if headers.contains_key(header::TE) {
         let trailers = headers
             .get_all(header::TE)
@@ -62,8 +67,13 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
             headers.remove(header::TE);
         }
     }
+    let h2c = headers
+        .get_all(header::UPGRADE)
+        .iter()
+        .flat_map(tokens)
+        .any(|protocol| protocol.eq_ignore_ascii_case(b"h2c"));
     let upgrade = headers.remove(header::UPGRADE)?;
-    (upgrades && !upgrade.as_bytes().eq_ignore_ascii_case(b"h2c")).then_some(upgrade)
+    (upgrades && !h2c).then_some(upgrade)
 }
 
 /// Whether a header is written by the codec itself or not at all.

@@ -85,6 +85,11 @@ impl Reader {
         Poll::Ready(Ok(read))
     }
 
+    /// Whether the end of the stream was read, and nothing before it is left.
+    pub(super) fn has_ended(&self) -> bool {
+        self.eof && self.buffer.is_empty()
+    }
+
     /// As if it had been read.
     #[cfg(any(test, fuzzing))]
     pub(super) fn feed(&mut self, bytes: &[u8]) {

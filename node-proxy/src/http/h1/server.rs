@@ -1,11 +1,12 @@
 //! A client's connection: requests in, answers out, one after the other.
 //!
-//! A request that was sent ahead (pipelining) waits in the socket until the answer before it is out. While
-//! nothing is asked the connection owns its socket and no buffer.
+//! A request that was sent ahead (pipelining) waits in the socket until the answer before it is out. A client that has
+//! said that it sends nothing more (half-closed) is answered what it asked before. While nothing is asked the connection
+//! owns its socket and no buffer.
 
 use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, Version, response};
 use http_body::Body as _;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, timeout, timeout_at};
 
 use super::case::HeaderCase;
 use super::encode::{self, Connection, Says};
@@ -24,7 +25,7 @@ use super::hop::tokens;
 use super::incoming::{IncomingBody, Lent, Owner, Rest, Returned, drain};
 use super::outgoing::{Failure, Writer};
 use super::reader::Reader;
-use super::{Error, Limits, Refused};
+use super::{Error, Limits, Refused, expects_continue};
 use crate::budget::{Account, Charge, Resource};
 use crate::http::body::{Body, BodyError};
 use crate::http::limits::MOST_UNCHARGED;
@@ -197,9 +198,8 @@ impl Server {
                 return Body::full(reader.take(length));
             }
         }
-        let expects = self.request.version == Version::HTTP_11
-            && reader.buffered().is_empty()
-            && expects_continue(headers);
+        let expects =
+            reader.buffered().is_empty() && expects_continue(self.request.version, headers);
         self.request.expects_continue = expects;
         let lent = Lent::new(expects);
         self.lent = Some(Arc::clone(&lent));
@@ -315,6 +315,7 @@ impl Server {
             // A client that was not asked for its body may or may not send it (RFC 9110 10.1.1).
             && !expected
             && !asks_to_close(&parts.headers)
+            && !self.has_ended()
             && self.can_drain();
         // Either side's HTTP/1.0 ends the connection unless it is told otherwise.
         let old = request.version == Version::HTTP_10 || parts.version == Version::HTTP_10;
@@ -401,11 +402,28 @@ impl Server {
         })
     }
 
-    /// Ends when the client has closed its side or the connection has failed. Meant to be waited for beside
-    /// the answer, to stop work that nobody waits for; while the request's body is coming in, the body tells of
-    /// a client that closes. Cancelling it loses nothing.
-    pub async fn closed(&mut self) {
+    /// Whether the client sends nothing more, as far as is known now, and all that it sent was taken.
+    fn has_ended(&self) -> bool {
+        match (&self.reader, &self.lent) {
+            (Some(reader), _) => reader.has_ended(),
+            (None, Some(lent)) => lent.peek(|returned| match returned {
+                Some(Returned::Usable(reader, None)) => reader.has_ended(),
+                _ => false,
+            }),
+            (None, None) => false,
+        }
+    }
+
+    /// Ends when nobody is there to be answered: the connection has failed, or the client has closed its side for
+    /// [`Limits::half_closed`]. The end of what a client sends may be that of a client that only waits for its answer, and
+    /// whether it has gone is told by its kernel at the next packet, of the answer or of keepalive. Meant to be waited for
+    /// beside the answer, to stop work that nobody waits for; while the request's body is coming in, the body tells of its
+    /// end. Cancelling it loses nothing.
+    pub async fn gone(&mut self) {
         let most = self.limits.head;
+        let patience = self.limits.half_closed;
+        // Boxed: what seldom waits holds no room.
+        let mut late: Option<Pin<Box<Sleep>>> = None;
         let mut failed = pin!(tcp::failed(self.writer.socket()));
         poll_fn(|cx| {
             if self.reader.is_none()
@@ -415,21 +433,28 @@ impl Server {
                 self.reader = Some(reader);
                 self.lent = None;
             }
-            let Some(reader) = &mut self.reader else {
-                // Whoever has it does not read while it waits for its own receiver.
-                return failed.as_mut().poll(cx).map(drop);
-            };
-            // What is sent ahead is read ahead, up to the size of a head.
-            while reader.buffered().len() < most {
-                match reader.poll_fill(cx) {
-                    Poll::Ready(Ok(1..)) if charge(&mut self.held, reader).is_ok() => {}
-                    // The workload holds too much already: no more is read.
-                    Poll::Ready(Ok(1..)) => break,
-                    Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(()),
-                    Poll::Pending => break,
+            // Whoever has the reader else does not read while it waits for its own receiver.
+            if let Some(reader) = &mut self.reader {
+                // What is sent ahead is read ahead, up to the size of a head.
+                while reader.buffered().len() < most {
+                    match reader.poll_fill(cx) {
+                        Poll::Ready(Ok(0)) => {
+                            let late = late.get_or_insert_with(|| Box::pin(sleep(patience)));
+                            if late.as_mut().poll(cx).is_ready() {
+                                return Poll::Ready(());
+                            }
+                            break;
+                        }
+                        Poll::Ready(Ok(_)) if charge(&mut self.held, reader).is_ok() => {}
+                        // The workload holds too much already: no more is read.
+                        Poll::Ready(Ok(_)) => break,
+                        Poll::Ready(Err(_)) => return Poll::Ready(()),
+                        // A failure is read, too.
+                        Poll::Pending => return Poll::Pending,
+                    }
                 }
             }
-            Poll::Pending
+            failed.as_mut().poll(cx).map(drop)
         })
         .await;
     }
@@ -485,12 +510,6 @@ fn charge(held: &mut Option<Charge>, reader: &Reader) -> Result<(), Refused> {
     let length = reader.buffered().len();
     let length = if length < MOST_UNCHARGED { 0 } else { length };
     held.resize(length).map_err(|_| Refused::Limit)
-}
-
-fn expects_continue(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::EXPECT)
-        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 fn asks_to_close(headers: &HeaderMap) -> bool {

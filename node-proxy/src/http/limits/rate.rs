@@ -154,19 +154,25 @@ impl Gcra {
             });
         };
         let tolerance = spacing.saturating_mul(u64::from(rate.burst.max(1)));
-        self.0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| {
-                let next = full_at.max(now).saturating_add(spacing);
-                (next - now <= tolerance).then_some(next)
-            })
-            .map(|_| ())
-            .map_err(|full_at| Limited {
-                retry_after: Duration::from_nanos(
-                    full_at
-                        .saturating_add(spacing)
-                        .saturating_sub(now.saturating_add(tolerance)),
-                ),
-            })
+        let most = now.saturating_add(tolerance);
+        let mut wait = 0;
+        let take = |full_at: u64| {
+            // More than all is used up only by a slower rate that was in force before.
+            let full_at = full_at.min(most);
+            let next = full_at.max(now).saturating_add(spacing);
+            wait = next.saturating_sub(most);
+            Some(if wait == 0 { next } else { full_at })
+        };
+        // The closure never refuses.
+        let _ = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        match wait {
+            0 => Ok(()),
+            wait => Err(Limited {
+                retry_after: Duration::from_nanos(wait),
+            }),
+        }
     }
 
     fn give_back(&self, rate: &Rate) {

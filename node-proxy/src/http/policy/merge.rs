@@ -7,8 +7,8 @@ use http::StatusCode;
 use mesh_api::proto::mesh;
 
 use super::{
-    Abort, BACKOFF_MAX, Budget, Fault, Limits, MAX_BODY_BOUND, OverBudget, Policy, Rate, RateLimit,
-    Retry, Timeouts, WHOLE,
+    Abort, BACKOFF_MAX, Budget, ByRule, Fault, Limits, MAX_BODY_BOUND, OverBudget, Policy, Rate,
+    RateLimit, Retry, Timeouts, WHOLE,
 };
 use crate::balance;
 use crate::http::retry::Backoff;
@@ -31,15 +31,15 @@ pub fn effective(
     }
     Policy {
         balance: balance_policy(
-            section(rule_policy, service, |p| p.load_balancing.as_ref()),
+            service.and_then(|p| p.load_balancing.as_ref()),
             service.and_then(|p| p.circuit_breaking.as_ref()),
         ),
         retry: retry(
             section(rule_policy, service, |p| p.retry.as_ref()),
-            section(rule_policy, service, |p| {
-                p.retry.as_ref().and_then(|retry| retry.budget.as_ref())
-            }),
-            backend.and_then(|backend| backend.retry_constraint.as_ref()),
+            retry_budget(
+                service.and_then(budget),
+                backend.and_then(|backend| backend.retry_constraint.as_ref()),
+            ),
             rule.and_then(|rule| rule.retry.as_ref()),
         ),
         timeouts: timeouts(
@@ -54,7 +54,19 @@ pub fn effective(
             .and_then(|p| p.rate_limit.as_ref())
             .map(|rates| Arc::new(rate_limit(rates))),
         fault: section(rule_policy, service, |p| p.fault.as_ref()).map(fault),
+        by_rule: ByRule {
+            balance: rule_policy
+                .and_then(|p| p.load_balancing.as_ref())
+                .map(|wanted| balance_policy(Some(wanted), None)),
+            budget: rule_policy
+                .and_then(budget)
+                .map(|wanted| retry_budget(Some(wanted), None)),
+        },
     }
+}
+
+fn budget(policy: &mesh::TrafficPolicy) -> Option<&mesh::RetryBudget> {
+    policy.retry.as_ref()?.budget.as_ref()
 }
 
 fn balance_policy(
@@ -92,9 +104,8 @@ fn balance_policy(
             .and_then(set_millis)
             .unwrap_or(defaults.max_ejection);
         balance::Breaker {
-            consecutive_failures: wanted
-                .consecutive_failures
-                .unwrap_or(defaults.consecutive_failures),
+            // Each is judged only where it is set, and one of the two is.
+            consecutive_failures: wanted.consecutive_failures.unwrap_or(0),
             min_success_percent: wanted.min_success_percent.map(|percent| percent.min(100)),
             min_requests: wanted.min_requests.unwrap_or(defaults.min_requests).max(1),
             window: wanted
@@ -114,12 +125,11 @@ fn balance_policy(
 
 fn retry(
     policy: Option<&mesh::RetryPolicy>,
-    budget: Option<&mesh::RetryBudget>,
-    constraint: Option<&mesh::RetryConstraint>,
+    budget: Budget,
     route: Option<&mesh::RouteRetry>,
 ) -> Retry {
     let mut retry = Retry {
-        budget: retry_budget(budget, constraint),
+        budget,
         ..Retry::default()
     };
     if let Some(policy) = policy {

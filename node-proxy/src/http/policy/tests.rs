@@ -43,7 +43,7 @@ fn nothing_written_means_the_documented_defaults() {
             per_try: None,
             response_headers: None,
             idle: None,
-            connect: Some(Duration::from_secs(10)),
+            connect: None,
         }
     );
     assert_eq!(policy.balance.algorithm, balance::Algorithm::PeakEwma);
@@ -224,12 +224,19 @@ fn sections_of_a_rules_policy_replace_the_services() {
         ..traffic()
     };
     let policy = effective(Some(&service), None, None, Some(&rule_policy));
-    assert_eq!(policy.balance.algorithm, balance::Algorithm::RingHash);
+    assert_eq!(policy.balance.algorithm, balance::Algorithm::RoundRobin);
+    // The backend's breaker, whoever says how it is balanced.
+    let backend = effective(Some(&service), None, None, None);
+    let balance = policy.by_rule.balance(&backend);
+    assert_eq!(balance.algorithm, balance::Algorithm::RingHash);
     assert_eq!(
-        policy.balance.hash_key,
+        balance.hash_key,
         Some(balance::HashKey::Header("x-user".parse().unwrap()))
     );
-    assert_eq!(policy.balance.slow_start, None, "the section as a whole");
+    assert_eq!(balance.slow_start, None, "the section as a whole");
+    assert_eq!(balance.breaker, backend.balance.breaker);
+    let none = effective(Some(&service), None, None, Some(&traffic()));
+    assert_eq!(*none.by_rule.balance(&backend), backend.balance);
     let fault = policy.fault.unwrap();
     assert_eq!(
         (fault.abort_share, fault.abort.status),
@@ -237,6 +244,7 @@ fn sections_of_a_rules_policy_replace_the_services() {
     );
     let breaker = policy.balance.breaker.unwrap();
     assert_eq!(breaker.min_success_percent, Some(90), "the Service's");
+    assert_eq!(breaker.consecutive_failures, 0, "not set, not judged");
     assert_eq!(breaker.max_ejected_percent, 100);
     assert_eq!(breaker.max_ejection, breaker.base_ejection);
 }
@@ -289,4 +297,80 @@ fn absurd_durations_are_still_safe_to_add() {
             .checked_add(timeouts.request.unwrap())
             .is_some()
     );
+}
+
+#[test]
+fn the_retry_budget_is_the_backends_unless_the_rule_has_one() {
+    let of = |percent| mesh::TrafficPolicy {
+        retry: Some(mesh::RetryPolicy {
+            budget: Some(mesh::RetryBudget {
+                percent: Some(percent),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..traffic()
+    };
+    let constrained = mesh::BackendTrafficPolicy {
+        retry_constraint: Some(mesh::RetryConstraint {
+            budget_percent: 1,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let (parent, backend) = (of(50), effective(Some(&of(30)), None, None, None));
+    let constrained = effective(Some(&of(30)), Some(&constrained), None, None);
+    let by_parent = effective(Some(&parent), None, None, None).by_rule;
+    let by_rule = effective(Some(&parent), None, None, Some(&of(40))).by_rule;
+    assert_eq!(by_parent.budget(&backend).percent, 30);
+    assert_eq!(by_rule.budget(&backend).percent, 40);
+    let over = by_rule.budget(&constrained);
+    assert_eq!((over.percent, over.over), (1, OverBudget::Unavailable));
+}
+
+#[test]
+fn of_several_policies_each_field_is_of_the_first_that_sets_it() {
+    let timeouts = |request_ms, connect_ms| {
+        Some(mesh::TimeoutPolicy {
+            request_ms,
+            connect_ms,
+            ..Default::default()
+        })
+    };
+    let first = mesh::TrafficPolicy {
+        timeouts: timeouts(Some(1), None),
+        retry: Some(mesh::RetryPolicy {
+            attempts: Some(1),
+            backoff_base_ms: Some(10),
+            ..Default::default()
+        }),
+        ..traffic()
+    };
+    let second = mesh::TrafficPolicy {
+        timeouts: timeouts(Some(2), Some(3)),
+        retry: Some(mesh::RetryPolicy {
+            attempts: Some(9),
+            status_codes: vec![503],
+            backoff_max_ms: Some(1),
+            ..Default::default()
+        }),
+        limits: Some(mesh::LimitPolicy {
+            max_in_flight: Some(7),
+            ..Default::default()
+        }),
+        ..traffic()
+    };
+    let all = together([&first, &second]).unwrap();
+    assert_eq!(all.timeouts, timeouts(Some(1), Some(3)));
+    assert_eq!(all.limits, second.limits);
+    let retry = all.retry.unwrap();
+    assert_eq!(
+        (retry.attempts, &retry.status_codes[..]),
+        (Some(1), &[503][..])
+    );
+    assert_eq!(
+        (retry.backoff_base_ms, retry.backoff_max_ms),
+        (Some(10), None)
+    );
+    assert_eq!(together([]), None);
 }

@@ -14,34 +14,38 @@ fn policy(retry: Retry) -> Policy {
     }
 }
 
-fn answer(status: u16, grpc_code: Option<u32>) -> Cause {
-    Cause::Answer {
+const ANSWER: Cause = Cause::Answer {
+    pushback: Pushback::None,
+};
+
+fn told(status: u16, grpc_code: Option<u32>) -> Told {
+    Told {
         status: StatusCode::from_u16(status).unwrap(),
         grpc_code,
-        pushback: Pushback::None,
     }
 }
 
-fn retried(policy: &Policy, cause: Cause, method: &Method) -> bool {
+fn retried(policy: &Policy, cause: Cause, told: Told, method: &Method) -> bool {
     let mut rng = StdRng::seed_from_u64(1);
-    should_retry(policy, 0, cause, method, true, &mut rng).is_some()
+    should_retry(policy, 0, cause, told, method, true, &mut rng).is_some()
 }
 
 #[test]
 fn by_default_only_what_cannot_do_harm() {
     let policy = Policy::default();
-    for (cause, get, post) in [
-        (Cause::ConnectFailure, true, true),
-        (Cause::RefusedStream, true, true),
-        (Cause::IdleClosed, true, false),
-        (Cause::ResetBeforeHeaders, false, false),
-        (Cause::Timeout, false, false),
-        (answer(503, None), false, false),
-        (answer(200, Some(14)), false, false),
+    for (cause, status, get, post) in [
+        (Cause::ConnectFailure, told(503, Some(14)), true, true),
+        (Cause::RefusedStream, told(503, Some(14)), true, true),
+        (Cause::IdleClosed, told(502, Some(14)), true, false),
+        (Cause::ResetBeforeHeaders, told(502, None), false, false),
+        (Cause::Timeout, told(504, Some(4)), false, false),
+        (ANSWER, told(503, None), false, false),
+        (ANSWER, told(200, Some(14)), false, false),
     ] {
-        assert_eq!(retried(&policy, cause, &Method::GET), get, "{cause:?}");
-        assert_eq!(retried(&policy, cause, &Method::PUT), get, "{cause:?}");
-        assert_eq!(retried(&policy, cause, &Method::POST), post, "{cause:?}");
+        for (method, wanted) in [(Method::GET, get), (Method::PUT, get), (Method::POST, post)] {
+            let retried = retried(&policy, cause, status, &method);
+            assert_eq!(retried, wanted, "{cause:?} {method}");
+        }
     }
 }
 
@@ -53,32 +57,46 @@ fn what_the_user_allows() {
         grpc_codes: 1 << 14,
         ..Retry::default()
     });
-    for (cause, wanted) in [
-        (Cause::IdleClosed, true),
-        (Cause::ResetBeforeHeaders, true),
-        (Cause::Timeout, true),
-        (answer(503, None), true),
-        (answer(500, None), false),
-        (answer(200, Some(14)), true),
-        (answer(200, Some(13)), false),
-        (answer(200, Some(4_000_000_000)), false),
+    for (cause, status, wanted) in [
+        (Cause::IdleClosed, told(502, None), true),
+        (Cause::ResetBeforeHeaders, told(502, None), true),
+        (Cause::Timeout, told(504, None), true),
+        (ANSWER, told(503, None), true),
+        (ANSWER, told(500, None), false),
+        (ANSWER, told(200, Some(14)), true),
+        (ANSWER, told(200, Some(13)), false),
+        (ANSWER, told(200, Some(4_000_000_000)), false),
     ] {
-        assert_eq!(retried(&policy, cause, &Method::POST), wanted, "{cause:?}");
+        let retried = retried(&policy, cause, status, &Method::POST);
+        assert_eq!(retried, wanted, "{cause:?} {status:?}");
     }
 }
 
 #[test]
-fn a_timeout_is_what_the_caller_would_be_told() {
+fn a_failure_is_what_the_caller_would_be_told() {
     let http = policy(Retry {
-        statuses: [StatusCode::GATEWAY_TIMEOUT].into(),
+        connect_failure: false,
+        statuses: [502, 504].map(|s| StatusCode::from_u16(s).unwrap()).into(),
         ..Retry::default()
     });
     let grpc = policy(Retry {
-        grpc_codes: 1 << 4,
+        grpc_codes: 1 << 4 | 1 << 14,
         ..Retry::default()
     });
-    assert!(retried(&http, Cause::Timeout, &Method::GET));
-    assert!(retried(&grpc, Cause::Timeout, &Method::POST));
+    for (cause, status, by_http, by_grpc) in [
+        (Cause::Timeout, told(504, None), true, false),
+        (Cause::Timeout, told(504, Some(4)), true, true),
+        (Cause::ResetBeforeHeaders, told(502, None), true, false),
+        (Cause::ResetBeforeHeaders, told(502, Some(14)), true, true),
+        (Cause::ConnectFailure, told(503, None), false, true),
+    ] {
+        let by = |policy| retried(policy, cause, status, &Method::POST);
+        assert_eq!(
+            (by(&http), by(&grpc)),
+            (by_http, by_grpc),
+            "{cause:?} {status:?}"
+        );
+    }
 }
 
 #[test]
@@ -90,6 +108,7 @@ fn not_more_often_than_allowed_and_not_without_the_body() {
             &policy,
             retries,
             Cause::ConnectFailure,
+            told(503, None),
             &Method::GET,
             replayable,
             &mut rng,
@@ -155,11 +174,10 @@ fn a_server_that_says_when_is_believed_up_to_a_bound() {
         let mut headers = HeaderMap::new();
         headers.insert(name, value.parse().unwrap());
         let cause = Cause::Answer {
-            status: StatusCode::SERVICE_UNAVAILABLE,
-            grpc_code: None,
             pushback: Pushback::of(&headers, now),
         };
-        let pause = should_retry(&policy, 0, cause, &Method::GET, true, &mut rng);
+        let told = told(503, None);
+        let pause = should_retry(&policy, 0, cause, told, &Method::GET, true, &mut rng);
         match least.map(Duration::from_millis) {
             None => assert_eq!(pause, None, "{value}"),
             Some(least) => {
@@ -180,15 +198,17 @@ fn the_budget_is_a_share_of_the_requests_of_its_interval() {
     let state = State::new();
     let start = Instant::now();
     for n in 0..1_000 {
-        state.request(&policy, start + Duration::from_millis(n));
+        state.request(&policy.retry.budget, start + Duration::from_millis(n));
     }
     let at = start + Duration::from_secs(1);
-    let granted = (0..1_000).filter(|_| state.try_retry(&policy, at)).count();
+    let granted = (0..1_000)
+        .filter(|_| state.try_retry(&policy.retry.budget, at))
+        .count();
     assert_eq!(granted, 200);
     // The requests leave the window; what is left is the floor.
     let later = at + Duration::from_secs(30);
     let granted = (0..1_000)
-        .filter(|_| state.try_retry(&policy, later))
+        .filter(|_| state.try_retry(&policy.retry.budget, later))
         .count();
     assert_eq!(granted, 10);
 }
@@ -208,7 +228,8 @@ fn the_floor_holds_for_every_interval_of_its_own() {
     let start = Instant::now() + Duration::from_secs(1);
     let mut granted = 0;
     for second in 0..600 {
-        granted += usize::from(state.try_retry(&policy, start + Duration::from_secs(second)));
+        granted +=
+            usize::from(state.try_retry(&policy.retry.budget, start + Duration::from_secs(second)));
     }
     // Three at once, then one every twenty seconds.
     assert!((30..=33).contains(&granted), "{granted}");
@@ -225,8 +246,8 @@ fn a_budget_of_nothing_grants_nothing() {
         ..Retry::default()
     });
     let state = State::new();
-    state.request(&policy, Instant::now());
-    assert!(!state.try_retry(&policy, Instant::now()));
+    state.request(&policy.retry.budget, Instant::now());
+    assert!(!state.try_retry(&policy.retry.budget, Instant::now()));
 }
 
 #[test]
@@ -234,7 +255,7 @@ fn another_interval_begins_with_an_empty_window() {
     let state = State::new();
     let now = Instant::now() + Duration::from_secs(100);
     let before = Policy::default();
-    (0..1_000).for_each(|_| state.request(&before, now));
+    (0..1_000).for_each(|_| state.request(&before.retry.budget, now));
     let after = policy(Retry {
         budget: Budget {
             interval: Duration::from_secs(60),
@@ -243,7 +264,7 @@ fn another_interval_begins_with_an_empty_window() {
         },
         ..Retry::default()
     });
-    assert!(!state.try_retry(&after, now));
+    assert!(!state.try_retry(&after.retry.budget, now));
 }
 
 /// An outage: every answer is a 503 that may be retried up to five times.
@@ -261,20 +282,21 @@ fn a_retry_storm_stays_under_a_quarter_more_load() {
         let (mut requests, mut sent) = (0_u32, 0_u32);
         for _ in 0..rate * 60 {
             now += Duration::from_secs(1) / rate;
-            state.request(&policy, now);
+            state.request(&policy.retry.budget, now);
             requests += 1;
             sent += 1;
             let (mut retries, mut at) = (0, now);
             while let Some(pause) = should_retry(
                 &policy,
                 retries,
-                answer(503, None),
+                ANSWER,
+                told(503, None),
                 &Method::GET,
                 true,
                 &mut rng,
             ) {
                 at += pause;
-                if !state.try_retry(&policy, at) {
+                if !state.try_retry(&policy.retry.budget, at) {
                     break;
                 }
                 retries += 1;

@@ -70,7 +70,8 @@ pub(crate) struct RuleSpec {
     matches: Matches,
     filters: Vec<Filter>,
     backends: Vec<Backend>,
-    session: Option<Arc<Session>>,
+    /// None, one, or one for each match.
+    sessions: Vec<Arc<Session>>,
     invalid: Option<Arc<str>>,
 }
 
@@ -124,10 +125,8 @@ impl Route {
             ));
         }
         let parents = route.parents.iter().map(Parent::compile);
-        let rules = route
-            .rules
-            .into_iter()
-            .map(|rule| RuleSpec::compile(kind, rule, &name, targets));
+        let rules = route.rules.into_iter().enumerate();
+        let rules = rules.map(|(index, rule)| RuleSpec::compile(kind, index, rule, &name, targets));
         Ok(Self {
             kind,
             namespace: route.namespace.as_str().into(),
@@ -184,25 +183,26 @@ impl Parent {
 impl RuleSpec {
     fn compile(
         kind: RouteKind,
+        index: usize,
         wire: mesh::RouteRule,
         route: &str,
         targets: &mut Targets<'_>,
     ) -> Result<Self, String> {
         // A rule without matches is for everything, as one empty match is.
         let everything = [mesh::RouteMatch::default()];
-        let matches = match wire.matches.as_slice() {
+        let asked = match wire.matches.as_slice() {
             [] => everything.as_slice(),
             matches => matches,
         };
         let matches = match kind {
             RouteKind::Http => Matches::Http(
-                matches
+                asked
                     .iter()
                     .map(HttpMatch::compile)
                     .collect::<Result<_, _>>()?,
             ),
             RouteKind::Grpc => Matches::Grpc(
-                matches
+                asked
                     .iter()
                     .map(GrpcMatch::compile)
                     .collect::<Result<_, _>>()?,
@@ -212,26 +212,77 @@ impl RuleSpec {
         let (filters, not_carried_out) = filter::compile(&wire.filters, targets);
         let backends = wire.backends.iter();
         let backends = backends.map(|b| Backend::compile(b, targets));
-        let session = wire.session_persistence.as_ref().map(|session| {
-            // Of several paths none is the session's.
-            let path = match &matches {
-                Matches::Http(matches) => match matches.as_slice() {
-                    [only] => only.cookie_path(),
-                    _ => None,
-                },
-                Matches::Grpc(_) | Matches::Connection => None,
-            };
-            Session::compile(session, route, path)
-        });
+        let sessions = match &wire.session_persistence {
+            Some(session) => {
+                // Rules do not share sessions (GEP-1619, "Edge Case Behavior").
+                let owner = match wire.name.as_str() {
+                    "" => format!("{route}/{index}"),
+                    name => format!("{route}/{name}"),
+                };
+                sessions(session, &owner, &matches, asked)?
+            }
+            None => Vec::new(),
+        };
         Ok(Self {
             name: text(&wire.name),
             matches,
             filters,
             backends: backends.collect::<Result<_, _>>()?,
-            session: session.transpose()?.map(Arc::new),
+            sessions,
             invalid: text(&wire.invalid).or(not_carried_out),
             wire,
         })
+    }
+}
+
+/// One for each match of an HTTPRoute's rule, because a cookie is for the path that matched (GEP-1619, "Path");
+/// only one where they are all the same.
+fn sessions(
+    session: &mesh::SessionPersistence,
+    owner: &str,
+    matches: &Matches,
+    asked: &[mesh::RouteMatch],
+) -> Result<Vec<Arc<Session>>, String> {
+    let paths: Vec<&str> = match matches {
+        Matches::Http(matches) => {
+            let pairs = matches.iter().zip(asked);
+            pairs
+                .map(|(compiled, asked)| {
+                    let expression = asked.path.as_ref().map_or("", |path| path.value.as_str());
+                    let path = compiled.cookie_path();
+                    path.unwrap_or_else(|| literal_path(expression))
+                })
+                .collect()
+        }
+        Matches::Grpc(_) | Matches::Connection => vec!["/"],
+    };
+    let mut compiled = paths
+        .into_iter()
+        .map(|path| Session::compile(session, owner, Some(path)))
+        .collect::<Result<Vec<_>, _>>()?;
+    if compiled.windows(2).all(|pair| pair[0] == pair[1]) {
+        compiled.truncate(1);
+    }
+    Ok(compiled.into_iter().map(Arc::new).collect())
+}
+
+/// The elements that every path begins with which an expression matches.
+fn literal_path(expression: &str) -> &str {
+    // Alternatives may begin differently.
+    if expression.contains('|') {
+        return "/";
+    }
+    let text = expression.strip_prefix('^').unwrap_or(expression);
+    let literal = match text.find(|c: char| OPERATORS.contains(c)) {
+        // An operator may be about the character before it, so the element it is in does not count.
+        Some(end) => text[..end]
+            .rsplit_once('/')
+            .map_or("", |(elements, _)| elements),
+        None => text,
+    };
+    match literal.starts_with('/') {
+        true => literal,
+        false => "/",
     }
 }
 
@@ -283,22 +334,29 @@ pub(crate) fn build(
                 route: Arc::clone(&route.name),
                 rule: index,
             };
-            let rule = spec.put_in_force(route, policy(route, spec));
+            let rules = spec.put_in_force(route, &policy(route, spec));
             match (&spec.matches, kind) {
+                // One for all matches, or one for each.
                 (Matches::Http(matches), _) => http.extend(
                     matches
                         .iter()
-                        .map(|m| (m.clone(), rank.clone(), Arc::clone(&rule))),
+                        .zip(rules.iter().cycle())
+                        .map(|(m, rule)| (m.clone(), rank.clone(), Arc::clone(rule))),
                 ),
                 (Matches::Grpc(matches), _) => grpc.extend(
                     matches
                         .iter()
-                        .map(|m| (m.clone(), rank.clone(), Arc::clone(&rule))),
+                        .zip(rules.iter().cycle())
+                        .map(|(m, rule)| (m.clone(), rank.clone(), Arc::clone(rule))),
                 ),
-                (Matches::Connection, RouteKind::Tls) => {
-                    tls.push((route.hostnames.as_slice(), rank, rule));
+                (Matches::Connection, RouteKind::Tls) => tls.extend(
+                    rules
+                        .into_iter()
+                        .map(|rule| (route.hostnames.as_slice(), rank.clone(), rule)),
+                ),
+                (Matches::Connection, _) => {
+                    tcp.extend(rules.into_iter().map(|rule| (rank.clone(), rule)));
                 }
-                (Matches::Connection, _) => tcp.push((rank, rule)),
             }
         }
     }
@@ -316,19 +374,26 @@ impl RuleSpec {
         &self.wire.name
     }
 
-    fn put_in_force(&self, route: &Route, policy: Arc<Policy>) -> Arc<Rule> {
-        Arc::new(Rule {
-            route: Arc::clone(&route.name),
-            kind: route.kind.name(),
-            name: self.name.clone(),
-            filters: self.filters.clone(),
-            backends: self.backends.clone(),
-            total_weight: self.backends.iter().map(|b| u64::from(b.weight)).sum(),
-            policy,
-            session: self.session.clone(),
-            invalid: self.invalid.clone(),
-            cors: self.filters.iter().any(|f| matches!(f, Filter::Cors(_))),
-        })
+    /// One for each of its sessions, or one without.
+    fn put_in_force(&self, route: &Route, policy: &Arc<Policy>) -> Vec<Arc<Rule>> {
+        let with = |session: Option<&Arc<Session>>| {
+            Arc::new(Rule {
+                route: Arc::clone(&route.name),
+                kind: route.kind.name(),
+                name: self.name.clone(),
+                filters: self.filters.clone(),
+                backends: self.backends.clone(),
+                total_weight: self.backends.iter().map(|b| u64::from(b.weight)).sum(),
+                policy: Arc::clone(policy),
+                session: session.cloned(),
+                invalid: self.invalid.clone(),
+                cors: self.filters.iter().any(|f| matches!(f, Filter::Cors(_))),
+            })
+        };
+        match self.sessions.as_slice() {
+            [] => vec![with(None)],
+            sessions => sessions.iter().map(|session| with(Some(session))).collect(),
+        }
     }
 }
 
@@ -342,3 +407,6 @@ fn port(field: &str, number: u32) -> Result<u16, String> {
         _ => Err(format!("{field}: {number} is no port")),
     }
 }
+
+/// What is no literal in an expression.
+const OPERATORS: &str = r"\.+*?()[]{}^$";

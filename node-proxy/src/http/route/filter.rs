@@ -62,7 +62,7 @@ pub struct RequestContext<'a> {
 pub enum Outcome {
     /// It goes on.
     Continue,
-    /// It is answered here. The response filters have been applied as far as they are about it.
+    /// It is answered here. A redirect goes back through the response filters yet, a preflight's answer is complete.
     Respond(Response<()>),
 }
 

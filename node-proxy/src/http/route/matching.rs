@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use ::http::header::{ACCESS_CONTROL_REQUEST_METHOD, HOST, ORIGIN};
+use ::http::header::{ACCESS_CONTROL_REQUEST_METHOD, COOKIE, HOST, ORIGIN};
 use ::http::request::Parts;
 use ::http::{HeaderName, Method};
 use mesh_api::proto::mesh;
@@ -53,7 +53,8 @@ pub(super) fn regex(field: &str, expression: &str) -> Result<Regex, String> {
         .map_err(|e| format!("{field}: {e}"))
 }
 
-/// A header and its value. Of the values of a header that is repeated the list is meant (RFC 9110, 5.3).
+/// A header and its value. Of the values of a header that is repeated the list is meant (RFC 9110, 5.3), of the
+/// parts of a cookie, as HTTP/2 sends them, the whole (RFC 9113, 8.2.3).
 #[derive(Debug, Clone)]
 pub(super) struct HeaderMatch {
     name: HeaderName,
@@ -90,12 +91,13 @@ impl HeaderMatch {
         if rest.peek().is_none() {
             return self.value.is_match(first);
         }
+        let separator = if self.name == COOKIE { "; " } else { "," };
         let mut list = first.to_owned();
         for value in rest {
             let Ok(value) = std::str::from_utf8(value.as_bytes()) else {
                 return false;
             };
-            list.push(',');
+            list.push_str(separator);
             list.push_str(value);
         }
         self.value.is_match(&list)

@@ -25,7 +25,7 @@ pub struct Session {
 enum Carrier {
     Cookie {
         name: Arc<str>,
-        path: Arc<str>,
+        path: Option<Arc<str>>,
         permanent: bool,
     },
     Header(HeaderName),
@@ -41,7 +41,8 @@ pub struct Token {
 }
 
 impl Session {
-    /// `owner` is what it is declared by; sessions without a name are named after it. `path` is what a cookie is for.
+    /// `owner` is what it is declared by; sessions without a name are named after it. `path` is what a cookie is for;
+    /// `None`: the cookie does not say, as one of a Service must not (GEP-1619, "Path").
     pub(crate) fn compile(
         session: &mesh::SessionPersistence,
         owner: &str,
@@ -59,10 +60,10 @@ impl Session {
             Ok(SessionPersistenceType::Header) => Carrier::Header(header),
             Ok(SessionPersistenceType::Cookie) => Carrier::Cookie {
                 name: name.into(),
-                path: path
-                    .filter(|path| !path.contains([';', ',']))
-                    .unwrap_or("/")
-                    .into(),
+                path: path.map(|path| match path.contains([';', ',']) {
+                    true => "/".into(),
+                    false => path.into(),
+                }),
                 permanent: session.permanent,
             },
             Err(_) => {
@@ -114,7 +115,11 @@ impl Session {
                 path,
                 permanent,
             } => {
-                let mut cookie = format!("{name}={token}; Path={path}; HttpOnly; SameSite=Lax");
+                let mut cookie = format!("{name}={token}");
+                if let Some(path) = path {
+                    cookie.push_str(&format!("; Path={path}"));
+                }
+                cookie.push_str("; HttpOnly; SameSite=Lax");
                 if let Some(timeout) = self.absolute_timeout.filter(|_| *permanent) {
                     let left = timeout
                         .as_secs()

@@ -175,6 +175,55 @@ fn backends_share_by_weight_and_nothing_is_renormalised() {
 }
 
 #[test]
+fn rules_do_not_share_sessions_and_cookies_are_for_the_path_that_matched() {
+    // GEP-1619, "Edge Case Behavior" and "Path".
+    let session = |name: &str, matches: Vec<mesh::RouteMatch>| mesh::RouteRule {
+        session_persistence: Some(mesh::SessionPersistence::default()),
+        ..rule(name, matches)
+    };
+    let matches = [
+        "/a",
+        "=/b/c",
+        "^/p1/p2/[^/]+/p3",
+        "^/q1/q2x*",
+        "^/r1|/r2",
+        "^/s1/s2",
+        "^.*[.]png",
+    ];
+    let set = set(vec![http_route(vec![
+        session("", matches.map(path).to_vec()),
+        session("named", vec![path("/h")]),
+        session("", vec![path("/")]),
+        rule("", vec![path("/without")]),
+    ])]);
+    let cookie = |uri: &str| {
+        let request = get(uri);
+        let session = set.find(&request).unwrap().rule.session.clone()?;
+        let mut told = ::http::HeaderMap::new();
+        session.announce("10.0.0.1:80".parse().unwrap(), 0, 0, &mut told);
+        let cookie = told["set-cookie"].to_str().unwrap();
+        let name = cookie.split('=').next().unwrap();
+        let path = cookie.split("; ").find_map(|a| a.strip_prefix("Path="));
+        Some((name.to_owned(), path.unwrap_or_default().to_owned()))
+    };
+    for (uri, name, path) in [
+        ("/a/x", "warren-session-demo-web-0", "/a"),
+        ("/b/c", "warren-session-demo-web-0", "/b/c"),
+        ("/p1/p2/foo/p3", "warren-session-demo-web-0", "/p1/p2"),
+        ("/q1/q2xx", "warren-session-demo-web-0", "/q1"),
+        ("/r2", "warren-session-demo-web-0", "/"),
+        ("/s1/s2", "warren-session-demo-web-0", "/s1/s2"),
+        ("/logo.png", "warren-session-demo-web-0", "/"),
+        ("/h", "warren-session-demo-web-named", "/h"),
+        ("/other", "warren-session-demo-web-2", "/"),
+    ] {
+        let expected = Some((name.to_owned(), path.to_owned()));
+        assert_eq!(cookie(uri), expected, "{uri}");
+    }
+    assert_eq!(cookie("/without"), None);
+}
+
+#[test]
 fn the_largest_weights_do_not_overflow() {
     let rule = rule_to(vec![backend("a", u32::MAX), backend("b", u32::MAX)]);
     assert!(matches!(rule.choose(0), Choice::Backend(b) if &*b.service.1 == "a"));
@@ -333,13 +382,14 @@ fn what_is_not_valid_is_refused_by_field() {
     };
     type Change = fn(&mut mesh::Route);
     #[rustfmt::skip]
-    let cases: [(Change, &str); 12] = [
+    let cases: [(Change, &str); 13] = [
         (|r| r.kind = 9, "kind: 9"),
         (|r| r.parents = vec![mesh::RouteParent::default()], "parents"),
         (|r| r.parents = vec![mesh::RouteParent { namespace: "a".into(), service: "b".into(), port: 70_000, ..Default::default() }], "parents.port: 70000"),
         (|r| r.rules[0].matches = vec![path("x")], "matches.path"),
         (|r| r.rules[0].matches = vec![path("^(")], "matches.path"),
         (|r| r.rules[0].matches = vec![path("^a)(b")], "matches.path"),
+        (|r| r.rules[0].matches = vec![path("^a)|(b")], "matches.path"),
         (|r| r.rules[0].matches = vec![path("^(.{1,1000}){1,1000}")], "size limit"),
         (|r| r.rules[0].matches[0].method = "G T".into(), "matches.method"),
         (|r| r.rules[0].matches[0].headers = exact(&[(":path", "/")]), "matches.headers"),

@@ -1,6 +1,7 @@
 //! What crosses a tunnel comes out as it went in, and nothing that an app says passes for a proxy's word.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::ext::Protocol as ExtendedProtocol;
@@ -8,7 +9,7 @@ use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 
-use super::{Envelope, PREFIX, clean, large, open, open_response, seal, seal_response};
+use super::{Envelope, clean, is_reserved, large, open, open_response, seal, seal_response};
 use crate::fuzz::{Input, headers, part};
 use crate::http::body::Body;
 use crate::http::h1::HeaderCase;
@@ -104,6 +105,7 @@ fn app(input: &mut Input<'_>) -> Option<(Parts, Envelope)> {
         target: SocketAddr::new(ip, u16::from(input.byte()) + 1),
         source: ip,
         service: (kind & 0x20 != 0).then(|| "demo/web:80".into()),
+        connect: (kind & 0x10 != 0).then(|| Duration::from_millis(u64::from(input.byte()))),
     };
     Some((parts, envelope))
 }
@@ -163,7 +165,7 @@ pub(crate) fn head(bytes: &[u8]) {
 }
 
 fn is_forged(headers: &HeaderMap) -> bool {
-    headers.keys().any(|name| name.as_str().starts_with(PREFIX))
+    headers.keys().any(is_reserved)
 }
 
 fn copy(parts: &Parts) -> Parts {

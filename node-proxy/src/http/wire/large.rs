@@ -12,7 +12,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use mesh_api::errors::ProxyError;
 use tokio::time::timeout;
 
-use super::PREFIX;
+use super::is_reserved;
 use crate::http::body::Body;
 use crate::http::h1::is_ours;
 use crate::http::size;
@@ -61,7 +61,7 @@ pub fn pack(known: bool, headers: &mut HeaderMap, body: Body) -> Body {
 /// All values of a name go together: their order matters.
 fn goes(headers: &HeaderMap, name: &HeaderName) -> bool {
     let length: usize = headers.get_all(name).iter().map(HeaderValue::len).sum();
-    (length >= LONG || *name == header::CONTENT_LENGTH) && !name.as_str().starts_with(PREFIX)
+    (length >= LONG || *name == header::CONTENT_LENGTH) && !is_reserved(name)
 }
 
 /// How many bytes of the head are before the body.
@@ -136,7 +136,7 @@ pub(super) fn parse(mut packed: Bytes, headers: &mut HeaderMap) -> Option<()> {
 
 /// What a peer may not say there: a proxy's own word, and what HTTP/2 forbids (RFC 9113, 8.2.2).
 fn is_forbidden(name: &HeaderName) -> bool {
-    name.as_str().starts_with(PREFIX) || is_ours(name) || *name == header::UPGRADE
+    is_reserved(name) || is_ours(name) || *name == header::UPGRADE
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ fn envelope() -> Envelope {
         target: "10.0.0.2:8080".parse().unwrap(),
         source: "10.0.0.1".parse().unwrap(),
         service: Some("demo/web:80".into()),
+        connect: Some(Duration::from_millis(250)),
     }
 }
 
@@ -44,6 +45,51 @@ fn a_request_arrives_as_it_was() {
         assert_eq!(parts.headers, before);
         assert!(parts.extensions.get::<HeaderCase>().is_some());
     }
+}
+
+#[test]
+fn a_target_in_absolute_form_arrives_in_it() {
+    for (target, version, absolute) in [
+        ("http://example.com/a", Version::HTTP_11, true),
+        ("http://example.com/a", Version::HTTP_2, false),
+        ("/a", Version::HTTP_11, false),
+    ] {
+        let mut parts = request(|b| b.uri(target).version(version));
+        seal(&mut parts, &envelope()).unwrap();
+        let mut parts = over_tunnel(parts);
+        open(&mut parts).unwrap();
+        let found = parts.extensions.get::<AbsoluteForm>().is_some();
+        assert_eq!(found, absolute, "{target} {version:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_of_http2_without_authority_can_be_sent() {
+    let mut parts = request(|b| b.uri("/a").version(Version::HTTP_2).header("host", "web"));
+    seal(&mut parts, &envelope()).unwrap();
+    let (client, server) = tokio::io::duplex(4096);
+    let serving = async {
+        let mut server = h2::server::handshake(server).await.unwrap();
+        let (request, _respond) = server.accept().await.unwrap().unwrap();
+        request.into_parts().0
+    };
+    let calling = async {
+        let (send, driving) = h2::client::handshake(client).await.unwrap();
+        let mut send = send.ready().await.unwrap();
+        let sent = send.send_request(Request::from_parts(parts, ()), true);
+        let _answer = sent.expect("the codec takes it");
+        let _ = driving.await;
+    };
+    let mut arrived = tokio::select! {
+        arrived = serving => arrived,
+        () = calling => unreachable!("the server goes first"),
+    };
+    assert_eq!(open(&mut arrived), Ok(envelope()));
+    assert_eq!(arrived.version, Version::HTTP_2);
+    assert_eq!(
+        (&arrived.uri.to_string()[..], &arrived.headers["host"]),
+        ("/a", &"web".parse().unwrap())
+    );
 }
 
 #[test]
@@ -99,6 +145,9 @@ fn nothing_said_in_the_proxies_name_passes() {
     let mut headers = HeaderMap::new();
     headers.insert("warren-source", "10.0.0.9".parse().unwrap());
     headers.insert("warren-client-id", "spiffe://x/ns/a/sa/b".parse().unwrap());
+    // The same variable to a CGI program.
+    headers.insert("warren_client_id", "spiffe://x/ns/a/sa/b".parse().unwrap());
+    headers.insert("warren-client_id", "spiffe://x/ns/a/sa/b".parse().unwrap());
     headers.insert("warrenty", "kept".parse().unwrap());
     assert!(strip(&mut headers));
     assert_eq!(headers.len(), 1);

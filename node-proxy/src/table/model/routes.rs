@@ -196,6 +196,7 @@ impl Rules {
             .filter(|route| route.is_attached(service, port.port, &port.name))
             .collect();
         let of_service = self.traffic_policy(PolicyTargetKind::Service, service, &[&port.name, ""]);
+        let of_service = of_service.as_ref();
         let backend = self.backend_policy(service);
         let backend_wire = backend.map(|policy| &policy.wire);
         let build = |group: &[&Route]| -> Option<Arc<RouteSet>> {
@@ -207,7 +208,12 @@ impl Rules {
                 };
                 let own = self.traffic_policy(kind, &route.name, &[rule.name(), ""]);
                 let wire = Some(&rule.wire);
-                Arc::new(policy::effective(of_service, backend_wire, wire, own))
+                Arc::new(policy::effective(
+                    of_service,
+                    backend_wire,
+                    wire,
+                    own.as_ref(),
+                ))
             });
             set.map(Arc::new)
         };
@@ -234,14 +240,14 @@ impl Rules {
         }));
     }
 
-    /// The policy for a target: the one for the first of `sections` there is one for, of several the
-    /// oldest, then the first by name.
+    /// The policies for a target as one. Those for the first of `sections` come first, of several for one the oldest,
+    /// then the first by name.
     fn traffic_policy(
         &self,
         kind: PolicyTargetKind,
         name: &str,
         sections: &[&str],
-    ) -> Option<&mesh::TrafficPolicy> {
+    ) -> Option<mesh::TrafficPolicy> {
         let key = target_key(kind, name);
         let of_target = self.traffic_policies_of.get(&key);
         let ranked = of_target.filter_map(|policy| {
@@ -254,9 +260,9 @@ impl Rules {
                 .min()?;
             Some((rank, policy))
         });
-        ranked
-            .min_by_key(|(rank, policy)| (*rank, policy.created, &policy.name))
-            .map(|(_, policy)| policy)
+        let mut ranked: Vec<_> = ranked.collect();
+        ranked.sort_by_key(|(rank, policy)| (*rank, policy.created, &policy.name));
+        policy::together(ranked.into_iter().map(|(_, policy)| policy))
     }
 
     fn backend_policy(&self, service: &str) -> Option<&BackendPolicy> {

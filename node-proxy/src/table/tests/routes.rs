@@ -369,6 +369,78 @@ fn a_policy_makes_a_port_one_that_something_is_attached_to() {
 }
 
 #[test]
+fn sessions_of_services_go_before_weights() {
+    // GEP-1619, "Traffic Splitting": also with weight 0.
+    let table = loaded(true);
+    let services = [
+        web("web", "10.96.0.1"),
+        web("v1", "10.96.0.2"),
+        web("v2", "10.96.0.3"),
+    ];
+    put(&table, Kind::Service, &services);
+    let endpoints =
+        |name: &str, address: &str| slice(name, name, &[("http", 8080)], &[(address, true)]);
+    let slices = [endpoints("v1", "10.0.0.1"), endpoints("v2", "10.0.0.2")];
+    put(&table, Kind::EndpointSlice, &slices);
+    let mut split = route("r", vec![parent("web")], "v1");
+    split.rules[0].backends.push(mesh::RouteBackend {
+        weight: 0,
+        ..backend("v2")
+    });
+    put_route(&table, &split);
+    let rules = port(&table, "10.96.0.1:80").http.load_full();
+    let set = rules.routes_for("demo").unwrap();
+    let rule = set.rules().next().unwrap();
+    assert!(!rule.has_backend_session());
+    for name in ["v1", "v2"] {
+        let policy = mesh::BackendTrafficPolicy {
+            namespace: "demo".into(),
+            name: name.into(),
+            services: vec![name.into()],
+            session_persistence: Some(mesh::SessionPersistence::default()),
+            ..Default::default()
+        };
+        let policy = update(&format!("demo/{name}"), &policy);
+        put(&table, Kind::BackendTrafficPolicy, &[policy]);
+    }
+    assert!(rule.has_backend_session());
+
+    let brought = |service: &str, endpoint: &str| {
+        let rules = port(&table, service).http.load_full();
+        let session = rules.session.clone().unwrap();
+        let mut told = ::http::HeaderMap::new();
+        session.announce(endpoint.parse().unwrap(), 1, 1, &mut told);
+        let cookie = told["set-cookie"].to_str().unwrap();
+        assert!(!cookie.contains("Path"), "GEP-1619, Path: {cookie}");
+        let mut request = ::http::HeaderMap::new();
+        let pair = cookie.split(';').next().unwrap();
+        request.insert("cookie", pair.parse().unwrap());
+        request
+    };
+    let resumed = |request: &::http::HeaderMap| {
+        let (backend, session, token) = rule.resume(request, 2)?;
+        assert_eq!(session.token(request, 2), Some(token));
+        Some(backend.service.1.to_string())
+    };
+    let (v1, v2) = ("10.96.0.2:80", "10.96.0.3:80");
+    assert_eq!(
+        resumed(&brought(v1, "10.0.0.1:8080")),
+        Some("v1".to_owned())
+    );
+    assert_eq!(
+        resumed(&brought(v2, "10.0.0.2:8080")),
+        Some("v2".to_owned())
+    );
+    assert_eq!(
+        resumed(&brought(v2, "10.0.0.1:8080")),
+        None,
+        "an endpoint of another backend"
+    );
+    assert_eq!(resumed(&brought(v1, "10.0.0.9:8080")), None, "it is gone");
+    assert_eq!(resumed(&::http::HeaderMap::new()), None);
+}
+
+#[test]
 fn a_backend_that_does_not_exist_takes_its_share() {
     // HTTPRouteRule.backendRefs: 500 for the share of what is not found.
     let table = loaded(true);

@@ -62,6 +62,7 @@ impl Tunnel {
                 .service
                 .and_then(|reference| context.table.service_port(envelope.target, &reference)),
             security: Security::MutualTls,
+            connect: envelope.connect,
         };
         self.serve_request(&pod, &call, (parts, body), &mut respond)
             .await;
@@ -103,10 +104,10 @@ impl Tunnel {
         wire::seal_response(&mut parts);
         let account = Some(&pod.account);
         match (upgraded.and_then(Upgraded::into_raw), follows) {
-            (Some((raw, _held)), Some(follows)) => {
+            (Some((raw, traffic, _held)), Some(follows)) => {
                 // A length of what is no body; HTTP/2 would hold the stream to it.
                 parts.headers.remove(http::header::CONTENT_LENGTH);
-                let (sends, writing) = upgrade::split(raw, follows);
+                let (sends, writing) = upgrade::split(raw, traffic, follows);
                 let sends = wire::pack(self.peer.large_heads, &mut parts.headers, sends);
                 let response = Response::from_parts(parts, sends);
                 // Either direction may end before the other; what breaks one ends both. Boxed: few requests need it.

@@ -1,5 +1,8 @@
 //! Filters: each one by itself, and which may stand together.
 
+use mesh_api::headers::{refuse_remove, refuse_set};
+use mesh_api::origin::Origin;
+
 use super::{at_most, backend_reference, header_name, range};
 use crate::providers::field::{Report, steps};
 use crate::providers::gateway::{
@@ -135,6 +138,9 @@ fn header_modifier(modifier: &HeaderModifier, at: &mut Report<'_>) {
         at_most(list, headers.len(), 16, at);
         for (i, header) in headers.iter().enumerate() {
             header_name(&header.name, steps![list, i, "name"], at);
+            if let Some(why) = refuse_set(&header.name) {
+                at.say(steps![list, i, "name"], format!("{:?} {why}", header.name));
+            }
             claim(&header.name, list, i, at);
             let value = &header.value;
             let control = |b: u8| (b < 0x20 && b != b'\t') || b == 0x7f;
@@ -147,6 +153,9 @@ fn header_modifier(modifier: &HeaderModifier, at: &mut Report<'_>) {
     at_most("remove", modifier.remove.len(), 16, at);
     for (i, name) in modifier.remove.iter().enumerate() {
         header_name(name, steps!["remove", i], at);
+        if let Some(why) = refuse_remove(name) {
+            at.say(steps!["remove", i], format!("{name:?} {why}"));
+        }
         claim(name, "remove", i, at);
     }
 }
@@ -281,10 +290,7 @@ fn cors_filter(cors: &Cors, at: &mut Report<'_>) {
     }
     at_most("allowOrigins", cors.allow_origins.len(), 64, at);
     for (i, origin) in cors.allow_origins.iter().enumerate() {
-        let host = origin.split_once("://").map(|(_, host)| host);
-        let good = origin == "*"
-            || host.is_some_and(|h| !h.is_empty() && !h.contains(['/', ' ', '#', '?', '@']));
-        if !good {
+        if origin != "*" && Origin::parse(origin).is_none() {
             let message = format!("expected * or scheme://host[:port], found {origin:?}");
             at.say(steps!["allowOrigins", i], message);
         }

@@ -9,17 +9,15 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::{Progress, ReadHead, SendError, Sent, expects_continue, read_head};
+use super::{Progress, ReadHead, SendError, Sent, read_head};
 use crate::http::body::Body;
-use crate::http::h1::Limits;
 use crate::http::h1::case::HeaderCase;
 use crate::http::h1::head::Framing;
 use crate::http::h1::outgoing::{Failure, Writer};
 use crate::http::h1::reader::Reader;
+use crate::http::h1::{CONTINUE_WAIT, Limits, expects_continue};
 use crate::tcp::{self, Ending};
 
-/// How long a request that expects a 100 is held back without one (RFC 9110 10.1.1).
-const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 /// How long a request's body may go on after the end of its answer.
 const LINGER: Duration = Duration::from_secs(10);
 /// How long an app that stopped reading may take to say why.
@@ -83,7 +81,7 @@ pub(super) fn upload(
     parts: &request::Parts,
 ) -> Upload<impl Future<Output = ()> + Send + use<>> {
     let case = parts.extensions.get::<HeaderCase>().cloned();
-    let (go, asked) = if expects_continue(parts) {
+    let (go, asked) = if expects_continue(parts.version, &parts.headers) {
         let (go, asked) = oneshot::channel();
         (Some(go), Some(asked))
     } else {

@@ -59,6 +59,10 @@ const REFUSED: &[(&str, Refused)] = &[
         Refused::ContentLength,
     ),
     (
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9223372036854775808\r\n\r\n",
+        Refused::ContentLength,
+    ),
+    (
         "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
         Refused::TransferEncoding,
     ),
@@ -287,6 +291,29 @@ fn what_a_request_says_of_its_body_and_connection() {
 }
 
 #[test]
+fn a_length_is_passed_on_without_zeros_before_it() {
+    for (written, passed_on) in [
+        ("00000000000000000005", "5"),
+        ("0000000000000000000000000", "0"),
+        ("007", "7"),
+        ("0", "0"),
+        ("70", "70"),
+        ("9223372036854775807", "9223372036854775807"),
+    ] {
+        let length = http::header::CONTENT_LENGTH;
+        let framing = Framing::Length(passed_on.parse().unwrap());
+        let head = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {written}\r\n\r\n");
+        let request = parse(head.as_bytes()).unwrap();
+        assert_eq!(request.framing, framing);
+        assert_eq!(request.parts.headers[&length], passed_on);
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {written}\r\n\r\n");
+        let response = parse_response(head.as_bytes()).unwrap();
+        assert_eq!(response.framing, framing);
+        assert_eq!(response.parts.headers[&length], passed_on);
+    }
+}
+
+#[test]
 fn what_a_response_says_of_its_body() {
     for (head, framing, keep_alive) in [
         ("HTTP/1.1 200 OK\r\n", Framing::Close, false),
@@ -428,13 +455,26 @@ fn headers_of_this_hop_are_removed() {
         Some(HeaderValue::from_static("websocket"))
     );
     assert!(headers.is_empty());
-    let mut headers = map(&[
-        ("connection", "Upgrade, HTTP2-Settings"),
-        ("upgrade", "h2c"),
-        ("http2-settings", "x"),
-    ]);
+    // Also where `Connection` does not say that the settings are of this hop.
+    for upgrade in ["h2c", "h2c, websocket", "websocket , H2C", "a,,h2C,b"] {
+        for connection in ["Upgrade, HTTP2-Settings", "upgrade"] {
+            let mut headers = map(&[("connection", connection), ("http2-settings", "x")]);
+            headers.insert("upgrade", HeaderValue::from_static(upgrade));
+            assert_eq!(remove_hop_by_hop(&mut headers), None, "{upgrade}");
+            assert!(headers.is_empty(), "{headers:?}");
+        }
+    }
+    let mut headers = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);
+    headers.append("upgrade", HeaderValue::from_static("h2c"));
     assert_eq!(remove_hop_by_hop(&mut headers), None);
-    assert!(headers.is_empty());
+    let mut headers = map(&[("http2-settings", "x"), ("host", "a")]);
+    assert_eq!(remove_hop_by_hop(&mut headers), None);
+    assert_eq!(headers, map(&[("host", "a")]));
+    let mut headers = map(&[("connection", "upgrade"), ("upgrade", "x, h2c-like")]);
+    assert_eq!(
+        remove_hop_by_hop(&mut headers),
+        Some(HeaderValue::from_static("x, h2c-like"))
+    );
 }
 
 /// Every byte of some heads replaced by each of these: nothing panics, and what is taken is taken again as

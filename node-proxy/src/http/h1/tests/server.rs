@@ -67,6 +67,24 @@ const CHUNKED: &str = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\
      5\r\nhello\r\n6 ; x=\"y\"\r\n world\r\n0\r\nX-Sum: 1\r\nContent-Length: 9\r\nx-sum: 2\r\n\r\n";
 
 #[tokio::test]
+async fn trailers_that_http2_does_not_carry_are_dropped() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    client
+        .write_all(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\
+              Keep-Alive: timeout=5\r\nProxy-Connection: close\r\nConnection: close\r\n\
+              Transfer-Encoding: chunked\r\nUpgrade: x\r\nTE: gzip\r\nX-Sum: 1\r\n\r\n",
+        )
+        .await
+        .unwrap();
+    let request = next(&mut server).await;
+    let (data, trailers) = collect(request.into_body()).await.unwrap();
+    assert_eq!(data, b"hi");
+    assert_eq!(trailers.unwrap(), map(&[("x-sum", "1")]));
+}
+
+#[tokio::test]
 async fn a_chunked_body_is_the_same_wherever_it_is_cut() {
     for cut in 1..CHUNKED.len() {
         let (mut client, socket) = pair().await;
@@ -582,8 +600,8 @@ async fn a_client_that_leaves_is_noticed_while_it_is_served() {
         .await
         .unwrap();
     let request = next(&mut server).await;
-    let mut closed = Box::pin(server.closed());
-    assert!(poll!(&mut closed).is_pending());
+    let mut gone = Box::pin(server.gone());
+    assert!(poll!(&mut gone).is_pending());
     client.write_all(b"bc").await.unwrap();
     assert_eq!(collect(request.into_body()).await.unwrap().0, b"abc");
     // What was sent ahead is no end.
@@ -593,10 +611,11 @@ async fn a_client_that_leaves_is_noticed_while_it_is_served() {
         .unwrap();
     for _ in 0..5 {
         tokio::task::yield_now().await;
-        assert!(poll!(&mut closed).is_pending());
+        assert!(poll!(&mut gone).is_pending());
     }
+    tcp::reset_on_close(&client);
     drop(client);
-    closed.await;
+    gone.await;
     // It was read ahead, and is not lost.
     assert_eq!(next(&mut server).await.uri(), "/2");
 }
@@ -610,11 +629,117 @@ async fn a_reset_is_noticed_while_nobody_reads_the_body() {
         .await
         .unwrap();
     let _request = next(&mut server).await;
-    let mut closed = Box::pin(server.closed());
-    assert!(poll!(&mut closed).is_pending());
+    let mut gone = Box::pin(server.gone());
+    assert!(poll!(&mut gone).is_pending());
     tcp::reset_on_close(&client);
     drop(client);
-    closed.await;
+    gone.await;
+}
+
+/// Lets the server see what has come, as while an app works on the request.
+async fn look(server: &mut Server) {
+    let mut gone = Box::pin(server.gone());
+    for _ in 0..20 {
+        assert!(poll!(&mut gone).is_pending(), "taken for gone");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_sends_nothing_more_is_answered() {
+    for request in [
+        "GET / HTTP/1.0\r\n\r\n",
+        "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    ] {
+        // With the end together with the request, and while that is worked on.
+        for together in [true, false] {
+            let (mut client, socket) = pair().await;
+            let mut server = serve(socket);
+            client.write_all(request.as_bytes()).await.unwrap();
+            if together {
+                client.shutdown().await.unwrap();
+            }
+            let body = next(&mut server).await.into_body();
+            let expected: &[u8] = if request.starts_with("POST") {
+                b"abc"
+            } else {
+                b""
+            };
+            assert_eq!(collect(body).await.unwrap().0, expected, "{request}");
+            if !together {
+                look(&mut server).await;
+                client.shutdown().await.unwrap();
+            }
+            look(&mut server).await;
+            assert_eq!(server.respond(ok("answer")).await.unwrap(), Reuse::No);
+            server.close().await;
+            let heard = read_to_end(&mut client).await;
+            assert!(
+                heard.contains("Connection: close\r\n"),
+                "{request}: {heard}"
+            );
+            assert!(heard.ends_with("\r\n\r\nanswer"), "{request}: {heard}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn all_that_was_sent_ahead_of_the_end_is_answered() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    let batch = "GET /1 HTTP/1.1\r\nHost: a\r\n\r\n\
+         POST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc\
+         GET /3 HTTP/1.1\r\nHost: a\r\n\r\n";
+    client.write_all(batch.as_bytes()).await.unwrap();
+    client.shutdown().await.unwrap();
+    for (path, reuse) in [("/1", Reuse::Yes), ("/2", Reuse::Yes), ("/3", Reuse::No)] {
+        let request = next(&mut server).await;
+        assert_eq!(request.uri(), path);
+        collect(request.into_body()).await.unwrap();
+        look(&mut server).await;
+        assert_eq!(server.respond(ok("x")).await.unwrap(), reuse, "{path}");
+    }
+    server.close().await;
+    assert_eq!(
+        read_to_end(&mut client).await,
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx\
+         HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx\
+         HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
+    );
+}
+
+#[tokio::test]
+async fn a_reset_is_noticed_behind_the_end_of_what_a_client_sends() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        .await
+        .unwrap();
+    next(&mut server).await;
+    client.shutdown().await.unwrap();
+    look(&mut server).await;
+    tcp::reset_on_close(&client);
+    drop(client);
+    server.gone().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_sends_nothing_more_is_not_worked_for_for_ever() {
+    let (mut client, socket) = pair().await;
+    let mut server = serve(socket);
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        .await
+        .unwrap();
+    next(&mut server).await;
+    client.shutdown().await.unwrap();
+    let before = tokio::time::Instant::now();
+    server.gone().await;
+    assert_eq!(before.elapsed().as_secs(), 10);
 }
 
 #[tokio::test]

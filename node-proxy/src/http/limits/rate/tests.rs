@@ -45,6 +45,21 @@ fn a_burst_at_once_then_evenly_and_the_wait_is_told() {
 }
 
 #[test]
+fn another_rate_counts_at_once() {
+    let start = Instant::now();
+    let limiter = RateLimiter::new(start);
+    let slow = total(rate(1, 3600, 1));
+    let fast = total(rate(1000, 1, 1000));
+    assert_eq!(limiter.check(&slow, None, start), Ok(()));
+    assert!(limiter.check(&slow, None, start).is_err());
+    // At most what the new rate takes to have its burst back.
+    let wait = limiter.check(&fast, None, start).unwrap_err().retry_after;
+    assert_eq!(wait, Duration::from_millis(1));
+    let soon = start + Duration::from_millis(5);
+    assert_eq!(limiter.check(&fast, None, soon), Ok(()));
+}
+
+#[test]
 fn over_time_exactly_the_rate_passes() {
     let start = Instant::now();
     let limiter = RateLimiter::new(start);

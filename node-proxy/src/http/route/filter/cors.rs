@@ -12,6 +12,7 @@ use ::http::header::{
     ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
 };
 use ::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, request};
+use mesh_api::origin::Origin;
 use mesh_api::proto::mesh;
 
 use crate::http::route::matching::preflight_method;
@@ -19,7 +20,7 @@ use crate::http::route::matching::preflight_method;
 /// Which origins may read the answers, and how.
 #[derive(Debug, Clone)]
 pub struct Cors {
-    origins: Box<[Origin]>,
+    origins: Box<[Allowed]>,
     credentials: bool,
     methods: List,
     headers: List,
@@ -28,11 +29,11 @@ pub struct Cors {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Origin {
+enum Allowed {
     Any,
-    Exact(Box<str>),
-    /// `*` stands for as much as there is, on the left of the host: what is before and after it.
-    Wildcard(Box<str>, Box<str>),
+    /// `null`, or whatever else has no scheme and host.
+    Opaque(Box<str>),
+    Origin(Origin),
 }
 
 /// What a header lists.
@@ -54,7 +55,7 @@ impl Cors {
             max_age,
         } = cors;
         Ok(Self {
-            origins: allow_origins.iter().map(|o| Origin::compile(o)).collect(),
+            origins: allow_origins.iter().map(|o| Allowed::compile(o)).collect(),
             credentials: *allow_credentials,
             methods: List::compile("cors.allowMethods", allow_methods)?,
             headers: List::compile("cors.allowHeaders", allow_headers)?,
@@ -83,14 +84,19 @@ impl Cors {
             headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, names);
         }
         headers.insert(ACCESS_CONTROL_MAX_AGE, self.max_age.clone());
+        self.add_exposed(headers);
         Some(response)
     }
 
     /// Adds the headers to the answer of a request from `origin`.
     pub(super) fn answer(&self, origin: &HeaderValue, headers: &mut HeaderMap) {
-        if !self.allow(origin, headers) {
-            return;
+        if self.allow(origin, headers) {
+            self.add_exposed(headers);
         }
+    }
+
+    /// On preflights too: Fetch does not ask for it there, the API's conformance tests do.
+    fn add_exposed(&self, headers: &mut HeaderMap) {
         // With credentials no list stands for all headers, and there is no question to echo.
         if let Some(names) = self.expose.answer(self.credentials, None) {
             headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, names);
@@ -102,10 +108,12 @@ impl Cors {
         let Ok(text) = origin.to_str() else {
             return false;
         };
-        if !self.origins.iter().any(|allowed| allowed.is_match(text)) {
+        let sent = Origin::parse(text);
+        let matches = |allowed: &Allowed| allowed.is_match(text, sent.as_ref());
+        if !self.origins.iter().any(matches) {
             return false;
         }
-        let any = self.origins.contains(&Origin::Any) && !self.credentials;
+        let any = self.origins.contains(&Allowed::Any) && !self.credentials;
         let allowed = match any {
             true => HeaderValue::from_static("*"),
             false => {
@@ -124,30 +132,21 @@ impl Cors {
     }
 }
 
-impl Origin {
+impl Allowed {
     fn compile(text: &str) -> Self {
-        match text.split_once('*') {
-            Some(("", "")) => Self::Any,
-            Some((before, after)) => Self::Wildcard(
-                before.to_ascii_lowercase().into(),
-                after.to_ascii_lowercase().into(),
-            ),
-            None => Self::Exact(text.into()),
+        match Origin::parse(text) {
+            Some(origin) => Self::Origin(origin),
+            None if text == "*" => Self::Any,
+            None => Self::Opaque(text.into()),
         }
     }
 
-    /// Schemes and hosts have no case; browsers send them in lower case.
-    fn is_match(&self, origin: &str) -> bool {
+    /// `sent` is what `text` is, if it is an origin of scheme and host.
+    fn is_match(&self, text: &str, sent: Option<&Origin>) -> bool {
         match self {
             Self::Any => true,
-            Self::Exact(wanted) => wanted.eq_ignore_ascii_case(origin),
-            Self::Wildcard(before, after) => {
-                let origin = origin.to_ascii_lowercase();
-                let rest = origin.strip_prefix(&**before);
-                // At least one character, so that `*.example.com` is not `.example.com`.
-                rest.and_then(|rest| rest.strip_suffix(&**after))
-                    .is_some_and(|any| !any.is_empty() && !any.contains(['/', '@']))
-            }
+            Self::Opaque(wanted) => wanted.eq_ignore_ascii_case(text),
+            Self::Origin(wanted) => sent.is_some_and(|sent| wanted.covers(sent)),
         }
     }
 }

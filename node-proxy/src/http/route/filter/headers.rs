@@ -1,10 +1,12 @@
 //! RequestHeaderModifier and ResponseHeaderModifier (HTTPHeaderFilter).
 //!
 //! Names that frame messages or belong to one connection are refused: changing them would change where a message
-//! ends (RFC 9110, 7.6.1; RFC 9112, 6). So are the mesh's own, which say who calls.
+//! ends (RFC 9110, 7.6.1; RFC 9112, 6). So are the mesh's own, which say who calls. The controller refuses the same
+//! ([`mesh_api::headers`]).
 
 use ::http::header::{HOST, SET_COOKIE};
 use ::http::{HeaderMap, HeaderName, HeaderValue, request};
+use mesh_api::headers::{is_hop_by_hop, refuse_remove, refuse_set};
 use mesh_api::proto::mesh;
 
 use super::url::set_host;
@@ -22,7 +24,7 @@ impl HeaderEdit {
         let mesh::HeaderModifier { set, add, remove } = edit;
         let pairs = |all: &[mesh::Header]| {
             all.iter()
-                .map(|h| Ok((name(field, &h.name)?, value(field, h)?)))
+                .map(|h| Ok((name(field, &h.name, refuse_set)?, value(field, h)?)))
                 .collect::<Result<_, String>>()
         };
         Ok(Self {
@@ -30,7 +32,8 @@ impl HeaderEdit {
             add: pairs(add)?,
             remove: remove
                 .iter()
-                .map(|n| name(field, n))
+                .filter(|n| !is_hop_by_hop(n))
+                .map(|n| name(field, n, refuse_remove))
                 .collect::<Result<_, _>>()?,
         })
     }
@@ -86,28 +89,21 @@ fn add(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
     }
 }
 
-fn name(field: &str, text: &str) -> Result<HeaderName, String> {
+fn name(
+    field: &str,
+    text: &str,
+    refuse: fn(&str) -> Option<&'static str>,
+) -> Result<HeaderName, String> {
     let name = HeaderName::from_bytes(text.as_bytes())
         .map_err(|_| format!("{field}: {text:?} is no name of a header"))?;
-    if FORBIDDEN.contains(&name.as_str()) || name.as_str().starts_with("warren-") {
-        return Err(format!("{field}: {name} cannot be changed"));
+    match refuse(name.as_str()) {
+        Some(why) => Err(format!("{field}: {name} {why}")),
+        None => Ok(name),
     }
-    Ok(name)
 }
 
+/// Any text is a value, in UTF-8 (`obs-text`; RFC 9110, 5.5).
 fn value(field: &str, header: &mesh::Header) -> Result<HeaderValue, String> {
-    HeaderValue::from_str(header.value.trim_matches([' ', '\t']))
+    HeaderValue::from_bytes(header.value.trim_matches([' ', '\t']).as_bytes())
         .map_err(|_| format!("{field}: {:?} is no value of a header", header.value))
 }
-
-const FORBIDDEN: [&str; 9] = [
-    "connection",
-    "content-length",
-    "http2-settings",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];

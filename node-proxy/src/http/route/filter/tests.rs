@@ -136,27 +136,50 @@ fn the_host_is_set_where_the_request_has_it() {
 
 #[test]
 fn headers_that_frame_a_message_or_are_the_meshs_own_cannot_be_changed() {
-    for name in [
+    let hop_by_hop = ["Transfer-Encoding", "Connection", "TE", "keep-alive"];
+    let others = [
         "Content-Length",
-        "Transfer-Encoding",
-        "Connection",
-        "TE",
+        "Trailer",
         "warren-client-id",
-        "warren-target",
+        "Warren-Target",
         ":path",
         "a b",
-    ] {
-        for edit in [
-            edit(&[(name, "x")], &[], &[]),
-            edit(&[], &[(name, "x")], &[]),
-            edit(&[], &[], &[name]),
-        ] {
-            let text = try_filter(Wire::RequestHeaderModifier(edit)).unwrap_err();
-            assert!(text.starts_with("requestHeaderModifier: "), "{text}");
-        }
+    ];
+    let refused = |edit: mesh::HeaderModifier| {
+        let text = try_filter(Wire::RequestHeaderModifier(edit)).unwrap_err();
+        assert!(text.starts_with("requestHeaderModifier: "), "{text}");
+    };
+    for name in hop_by_hop.into_iter().chain(others) {
+        refused(edit(&[(name, "x")], &[], &[]));
+        refused(edit(&[], &[(name, "x")], &[]));
+    }
+    for name in others {
+        refused(edit(&[], &[], &[name]));
     }
     let bad = edit(&[("a", "x\r\ny: z")], &[], &[]);
     assert!(try_filter(Wire::ResponseHeaderModifier(bad)).is_err());
+}
+
+#[test]
+fn headers_of_one_connection_need_no_removing() {
+    // RFC 9110, 7.6.1: they do not pass. What the proxy says of itself in such a header stays.
+    let names = ["Connection", "keep-alive", "TE", "upgrade", "X-Gone"];
+    let remove = edit(&[], &[], &names);
+    let filters = [filter(Wire::RequestHeaderModifier(remove))];
+    let sent = [("te", "trailers"), ("x-gone", "1")];
+    let passed = pass(&filters, request("POST", "/", &sent), None);
+    assert_eq!(values(&passed.headers, "te"), ["trailers"]);
+    assert!(values(&passed.headers, "x-gone").is_empty());
+}
+
+#[test]
+fn values_are_text_of_any_language() {
+    // HTTPHeader.value has no pattern; RFC 9110, 5.5: obs-text.
+    let edit = edit(&[("x-set", "  é ")], &[("x-add", "ü")], &[]);
+    let filters = [filter(Wire::RequestHeaderModifier(edit))];
+    let passed = pass(&filters, request("GET", "/", &[("x-add", "a")]), None);
+    assert_eq!(passed.headers["x-set"].as_bytes(), "é".as_bytes());
+    assert_eq!(passed.headers["x-add"].as_bytes(), "a,ü".as_bytes());
 }
 
 fn path_change(modifier: Modifier) -> Option<mesh::PathModifier> {

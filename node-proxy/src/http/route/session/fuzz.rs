@@ -19,7 +19,7 @@ pub(crate) fn session(bytes: &[u8]) {
         0 => Carrier::Header(::http::HeaderName::from_static("x-session")),
         _ => Carrier::Cookie {
             name: "s".into(),
-            path: "/".into(),
+            path: (kind & 8 == 0).then(|| "/".into()),
             permanent: kind & 2 != 0,
         },
     };
@@ -90,6 +90,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     vec![
         seed(1, &format!("a=b; s={token}"), "10.1.2.3:8080"),
         seed(3, &format!("s=\"{token}\"\ns=other"), "[fd00::1]:80"),
+        seed(9, &format!("s={token}"), "10.1.2.3:8080"),
         seed(4, &token, "10.1.2.3:1"),
         seed(5, "s=; s", "[fe80::1%3]:80"),
     ]

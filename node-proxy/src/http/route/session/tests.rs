@@ -57,6 +57,16 @@ fn the_cookie_is_for_the_routes_path_and_not_for_scripts() {
 }
 
 #[test]
+fn a_cookie_without_a_path_does_not_say_one() {
+    // GEP-1619, "Path": of a session of a Service it is left unset.
+    let session = Session::compile(&mesh::SessionPersistence::default(), "demo/web", None);
+    let (cookie, request) = told(&session.clone().unwrap(), 0, 0);
+    assert!(!cookie.contains("Path"), "{cookie}");
+    assert!(cookie.ends_with("; HttpOnly; SameSite=Lax"), "{cookie}");
+    assert!(session.unwrap().token(&request, 0).is_some());
+}
+
+#[test]
 fn a_session_ends_with_its_absolute_timeout() {
     // SessionPersistence.absoluteTimeout, CookieConfig.lifetimeType.
     let of = |permanent: bool| {

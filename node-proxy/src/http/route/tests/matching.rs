@@ -77,7 +77,7 @@ fn headers() {
     };
     let latin = ::http::HeaderValue::from_bytes(b"\xe9").unwrap();
     #[rustfmt::skip]
-    let cases: [(&str, Vec<mesh::NamedMatch>, Pairs, bool); 14] = [
+    let cases: [(&str, Vec<mesh::NamedMatch>, Pairs, bool); 17] = [
         ("exact", exact(&[("version", "one")]), &[("version", "one")], true),
         ("values have case", exact(&[("version", "one")]), &[("version", "One")], false),
         ("names have none", exact(&[("Version", "one")]), &[("vErsion", "one")], true),
@@ -90,6 +90,9 @@ fn headers() {
         ("of one name only the first counts", exact(&[("a", "1"), ("A", "2")]), &[("a", "2")], false),
         ("repeated: the list (RFC 9110, 5.3)", exact(&[("a", "1,2")]), &[("a", "1"), ("a", "2")], true),
         ("repeated: not one of them", exact(&[("a", "1")]), &[("a", "1"), ("a", "2")], false),
+        ("parts of a cookie (RFC 9113, 8.2.3)", exact(&[("Cookie", "a=1; b=2")]), &[("cookie", "a=1"), ("cookie", "b=2")], true),
+        ("parts of a cookie are no list", exact(&[("cookie", "a=1,b=2")]), &[("cookie", "a=1"), ("cookie", "b=2")], false),
+        ("a cookie in one part", exact(&[("cookie", "a=1; b=2")]), &[("cookie", "a=1; b=2")], true),
         ("regular expression", vec![regex.clone()], &[("version", "v2")], true),
         ("regular expression, all of it", vec![regex.clone()], &[("version", "v2x")], false),
     ];

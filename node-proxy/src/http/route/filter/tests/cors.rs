@@ -45,7 +45,7 @@ fn one(headers: &HeaderMap, name: &str) -> String {
 fn origins() {
     // HTTPCORSFilter.allowOrigins.
     #[rustfmt::skip]
-    let cases: [(&[&str], &str, &str); 19] = [
+    let cases: [(&[&str], &str, &str); 33] = [
         (&["https://a.test"], "https://a.test", "https://a.test"),
         (&["https://a.test"], "http://a.test", ""),
         (&["https://a.test"], "https://a.test:8443", ""),
@@ -66,6 +66,23 @@ fn origins() {
         (&["https://*"], "https://a.test", "https://a.test"),
         (&["https://*"], "http://a.test", ""),
         (&[], "https://a.test", ""),
+        // Where no port is said it is that of the scheme, on both sides.
+        (&["https://a.test:443"], "https://a.test", "https://a.test"),
+        (&["https://a.test"], "https://a.test:443", "https://a.test:443"),
+        (&["http://a.test:80"], "http://a.test", "http://a.test"),
+        (&["http://a.test:443"], "http://a.test", ""),
+        (&["https://a.test"], "https://A.Test", "https://A.Test"),
+        // `*` does not reach beyond the host.
+        (&["https://*"], "https://evil.test:8443", ""),
+        (&["https://*"], "https://a.test:443", "https://a.test:443"),
+        (&["https://*:8443"], "https://a.test:8443", "https://a.test:8443"),
+        (&["https://*.test"], "https://a.test:8443", ""),
+        (&["https://*"], "https://a@b.test", ""),
+        // No scheme, no host.
+        (&["null"], "null", "null"),
+        (&["https://*"], "null", ""),
+        (&["*"], "null", "*"),
+        (&["https://a.test:*"], "https://a.test:8443", ""),
     ];
     for (allowed, origin, expected) in cases {
         let filters = cors(|c| c.allow_origins = list(allowed));
@@ -136,6 +153,17 @@ fn preflights() {
         );
         assert_eq!(one(&answer, "max-age"), "5", "{what}");
     }
+    // As the conformance test HTTPRouteCORS expects.
+    let filters = cors(|c| c.expose_headers = list(&["x-a", "x-b"]));
+    let answer = preflight(&filters, "https://a.test", &[]);
+    assert_eq!(one(&answer, "expose-headers"), "x-a, x-b");
+    assert_eq!(
+        one(
+            &preflight(&cors(|_| ()), "https://a.test", &[]),
+            "expose-headers"
+        ),
+        ""
+    );
     let filters = cors(|c| {
         c.allow_headers = list(&["*"]);
         c.allow_credentials = true;
