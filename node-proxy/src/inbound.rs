@@ -105,6 +105,7 @@ pub async fn serve(
             service: None,
             security: Security::Plaintext,
             connect: None,
+            alone: true,
         };
         let connection = Arc::new(Connection {
             role: Role::Callee(call),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use warren_tests::http::{HTTP, curl, requests, try_curl};
+use warren_tests::http::{Answer, HTTP, curl, requests, try_curl};
 use warren_tests::lab::{Lab, PodRef};
 use warren_tests::manifest::{Pod, account, meshed_namespace, service};
 use warren_tests::routes::{CLIENT, front, http_route, wait_for_route};
@@ -198,10 +198,13 @@ fn what_limits_of_time_bound() {
         assert!(started.elapsed() < Duration::from_millis(1400), "{cut}");
         // A request that is sent slowly moves, and the head is due from its end on.
         for front in ["still", "heads"] {
-            let url = format!("http://{front}/");
-            let upload = [url.as_str(), "-T", "/usr/bin/env", "--limit-rate", "24k"];
-            let answer = curl(&lab, CLIENT, &upload);
-            assert_eq!(answer.status(), 200, "{front}: {answer:#?}");
+            let script = format!(
+                "(for i in 1 2 3 4 5 6 7 8; do echo part; sleep 0.2; done) | curl -q -sS -i --max-time 20 -T - http://{front}/"
+            );
+            let sent = lab.exec_within(CLIENT, &["sh", "-c", &script], Duration::from_secs(30));
+            let answer = Answer::parse(&sent.stdout);
+            assert_eq!(answer.status(), 200, "{front}: {sent}");
+            assert_eq!(answer.seen()["body"], json!(40), "{front}: {answer:#?}");
         }
     });
 }

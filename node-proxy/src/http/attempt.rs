@@ -126,6 +126,7 @@ impl Way {
                     service: service.cloned(),
                     security: Security::MutualTls,
                     connect,
+                    alone: false,
                 };
                 let response = Box::pin(callee::deliver(caller.worker, &pod, &call, request)).await;
                 let error = wire::error(response.headers());

@@ -32,8 +32,8 @@ use crate::telemetry::{Party, Reporter, Security, TcpLabels};
 use crate::worker::Worker;
 
 const CLIENT_ID: HeaderName = HeaderName::from_static(CLIENT_ID_HEADER);
-/// How often a caller without a proxy has its request sent because the app closed a kept connection under it. Other
-/// callers' proxies send it again themselves, within their limits.
+/// How often a request is sent that nobody else sends again, because the app closed a kept connection under it. Callers'
+/// proxies do it within their limits.
 const SENDS: usize = 3;
 
 /// What is known of a request beside itself.
@@ -51,6 +51,8 @@ pub struct Call {
     pub security: Security,
     /// How long the connection to the app may take, if a policy says so.
     pub connect: Option<Duration>,
+    /// Nobody on the way sends it again: the caller has no proxy, or one of a version that does not.
+    pub alone: bool,
 }
 
 /// Delivers a request to an app of this node; every failure is an answer that names its cause. The request's
@@ -85,6 +87,7 @@ pub async fn deliver(
         sent: Sent::default(),
         grpc,
         tunnelled: false,
+        by_caller: false,
         delayed: false,
         story: None,
     };
@@ -127,7 +130,7 @@ pub async fn deliver(
     watch(response, record, Bounds::default(), (charge, captured))
 }
 
-/// Sends it; for a caller without a proxy again where the app closed a kept connection and nothing can be harmed by it.
+/// Sends it; where nobody else does it, again if the app closed a kept connection and nothing can be harmed by it.
 async fn send(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
@@ -153,17 +156,27 @@ async fn send(
         probe,
     };
     let connect = call.connect;
-    let alone = call.security == Security::Plaintext;
     for _ in 1..SENDS {
-        let again = alone && request.head.method.is_idempotent();
+        let again = call.alone && request.head.method.is_idempotent();
         match worker.apps.send_within(&key, request, connect).await {
             Ok(response) => return Ok(from_app(response)),
             Err(AppError::ClosedIdle(Some(unsent))) if again => request = unsent,
-            Err(error) => return Err(failure(&error)),
+            Err(error) => return Err(call.failure(&error)),
         }
     }
     let last = worker.apps.send_within(&key, request, connect).await;
-    last.map(from_app).map_err(|error| failure(&error))
+    last.map(from_app).map_err(|error| call.failure(&error))
+}
+
+impl Call {
+    /// As [`failure`], in words that a caller's proxy of any version knows.
+    fn failure(&self, error: &AppError) -> ProxyError {
+        match failure(error) {
+            ProxyError::RefusedStream if self.alone => ProxyError::ConnectFailed,
+            ProxyError::IdleClosed if self.alone => ProxyError::UpstreamReset,
+            error => error,
+        }
+    }
 }
 
 /// What an app may say, in a form that can go on.

@@ -7,7 +7,6 @@
 //!
 //! One level only (GEP-1294): a backend's own routes are not looked at; its balancing, limits and retry budget are.
 
-use std::future::pending;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +17,7 @@ use http::header::HeaderMap;
 use http::request::Parts;
 use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
-use tokio::time::{Instant as Clock, sleep_until};
+use tokio::time::{Instant as Clock, timeout_at};
 
 use super::answer::{answer, is_grpc, refusal};
 use super::attempt::{Answer, Caller};
@@ -135,6 +134,7 @@ impl Session {
             sent: Sent::default(),
             grpc,
             tunnelled: false,
+            by_caller: false,
             delayed: false,
             story: None,
         };
@@ -246,25 +246,31 @@ impl Exchange<'_> {
         let deadline = limit.map(|limit| begun + limit);
         self.bounds.deadline = deadline.map(|at| (at, ProxyError::RequestTimeout));
         self.bounds.idle = timeouts.idle;
+        if timeouts.idle.is_some() {
+            self.record.sent = Sent::timed();
+        }
         let body = self.record.sent.count(body);
         let sent = self.record.sent.clone();
         let answering = self.answer(&plan, &to, parts, body);
-        let answered = if deadline.is_none() && timeouts.idle.is_none() {
-            answering.await
-        } else {
-            let mut answering = pin!(answering);
-            tokio::select! {
-                biased;
-                answered = &mut answering => answered,
-                error = late(deadline, timeouts.idle, &sent) => Err(error.into()),
-            }
+        let answered = match deadline {
+            None => answering.await,
+            Some(at) => timeout_at(at, answering)
+                .await
+                .unwrap_or(Err(ProxyError::RequestTimeout.into())),
         };
-        if let Err(Stop::Error(ProxyError::RequestTimeout | ProxyError::IdleTimeout)) = answered {
-            self.record.latency = begun.elapsed();
-            if own.is_some() && own == limit {
-                // How little time a caller gives says nothing about the endpoint.
+        // How little time a caller gives, or how slowly it sends, says nothing of the endpoint.
+        self.record.by_caller = own.is_some() && own == limit;
+        match answered {
+            Err(Stop::Error(ProxyError::RequestTimeout)) if self.record.by_caller => {
                 self.record.pick = None;
             }
+            Err(Stop::Error(ProxyError::IdleTimeout)) if !sent.has_ended() => {
+                self.record.pick = None;
+            }
+            Err(Stop::Error(ProxyError::RequestTimeout | ProxyError::IdleTimeout)) => {
+                self.record.latency = begun.elapsed();
+            }
+            _ => {}
         }
         let (Answer { response, error }, endpoint) = answered?;
         Ok((finish(&plan, response, endpoint), error))
@@ -291,7 +297,18 @@ impl Exchange<'_> {
         for filters in plan.filters() {
             body = mirror::send(self.session, filters, parts, body).await;
         }
-        self.tries(plan, to, parts, body).await
+        let sent = self.record.sent.clone();
+        let tries = self.tries(plan, to, parts, body);
+        let Some(idle) = plan.policy.timeouts.idle else {
+            return tries.await;
+        };
+        let mut tries = pin!(tries);
+        let directions = [&sent];
+        tokio::select! {
+            biased;
+            answered = &mut tries => answered,
+            () = still(idle, &directions) => Err(ProxyError::IdleTimeout.into()),
+        }
     }
 
     async fn inject(&mut self, fault: &Fault) -> Result<(), Stop> {
@@ -309,26 +326,6 @@ impl Exchange<'_> {
         let code = code.unwrap_or(error.grpc_status());
         let response = answer(abort.status, code, error, grpc);
         Err(Stop::Answer(Box::new(response), Some(error)))
-    }
-}
-
-/// Waits until there has been no answer for too long: until `deadline`, or while nothing moved for `idle`.
-async fn late(deadline: Option<Clock>, idle: Option<Duration>, sent: &Sent) -> ProxyError {
-    let past = async {
-        match deadline {
-            Some(at) => sleep_until(at).await,
-            None => pending().await,
-        }
-    };
-    let quiet = async {
-        match idle {
-            Some(idle) => still(idle, &[sent]).await,
-            None => pending().await,
-        }
-    };
-    tokio::select! {
-        () = past => ProxyError::RequestTimeout,
-        () = quiet => ProxyError::IdleTimeout,
     }
 }
 

@@ -1,7 +1,7 @@
 //! From the first bytes of a connection to its protocol.
 //!
-//! TLS is known by its ClientHello (RFC 8446 4.1.2), HTTP/2 by its whole preface (RFC 9113 3.4). HTTP/1 is what any
-//! server may take for a request, since what is not led to our HTTP/1 reaches the app as raw bytes, forged headers of the
+//! TLS is known by its ClientHello (RFC 8446 4.1.2), HTTP/2 by its whole preface (RFC 9113 3.4). HTTP/1 is what common
+//! servers take for a request, since what is not led to our HTTP/1 reaches the app as raw bytes, forged headers of the
 //! mesh included. Our HTTP/1 then refuses what it does not read itself. A first line is HTTP/1 that has, in this order,
 //!
 //! - any number of empty lines and blanks (nginx, Node.js and hyper skip CR LF, Python and Ruby blanks);
@@ -10,9 +10,11 @@
 //! - blanks, then `HTTP/` in any case. Behind a target that begins with `/` or has a scheme it may come later in the line.
 //!
 //! A line that is over before that is opaque (`GET /key` to Redis), and so is one at the first byte that excludes it:
-//! other protocols wait for nothing but the end of a line of two words. [`MAX_PEEK`] bytes that may still become a request
-//! are HTTP/1, which refuses them, unless they are one single word: that is data, and who takes a method of 16 KiB is not
-//! protected. Nor is who reads headers behind a line of two words (HTTP/0.9). A port that is declared to be HTTP is.
+//! other protocols wait for nothing but the end of a line, and none of binary data. [`MAX_PEEK`] bytes that may still become
+//! a request are HTTP/1, which refuses them, unless they are one single word: that is data. Not protected here are servers
+//! that take a method of 16 KiB or one that is no token, that read headers behind a line of two words (HTTP/0.9), or that
+//! skip control characters before a request (Netty). To callers of a Service whose port is declared HTTP only the last are
+//! open, behind what passes for a ClientHello.
 //!
 //! A packet may be cut anywhere: the same bytes lead to the same answer however they arrive.
 
@@ -150,13 +152,19 @@ pub(super) const fn is_token(byte: u8) -> bool {
 
 fn tls(bytes: &[u8]) -> Option<Protocol> {
     match client_hello(bytes) {
-        Hello::Complete(message) => Some(Protocol::Tls {
+        Hello::Complete(message) if !is_skipped(&message) => Some(Protocol::Tls {
             sni: server_name(&message),
         }),
-        Hello::Partial if bytes.len() >= MAX_PEEK => Some(Protocol::Tls { sni: None }),
-        Hello::Partial => None,
-        Hello::Other => Some(Protocol::Opaque),
+        Hello::Partial if bytes.len() < MAX_PEEK => None,
+        Hello::Partial if !is_skipped(bytes) => Some(Protocol::Tls { sni: None }),
+        Hello::Complete(_) | Hello::Partial | Hello::Other => Some(Protocol::Opaque),
     }
+}
+
+/// Whether all of this is what some servers skip before a request. No random of 32 bytes is.
+fn is_skipped(bytes: &[u8]) -> bool {
+    let skipped = |b: &u8| b.is_ascii_control() || is_blank(*b) || matches!(b, 0x80..=0x9f);
+    bytes.iter().all(skipped)
 }
 
 enum Hello {

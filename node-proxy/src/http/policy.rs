@@ -69,11 +69,16 @@ impl ByRule {
         }
     }
 
-    /// The retry budget of a request to a Service with this policy. `retryConstraint` wins wherever it is set.
+    /// The retry budget of a request to a Service with this policy. `retryConstraint` wins wherever it is set. There is one
+    /// count of a Service's requests, so the interval is always the Service's.
     pub fn budget(&self, backend: &Policy) -> Budget {
+        let of_service = backend.retry.budget;
         match self.budget {
-            Some(own) if backend.retry.budget.over == OverBudget::Original => own,
-            _ => backend.retry.budget,
+            Some(own) if of_service.over == OverBudget::Original => Budget {
+                interval: of_service.interval,
+                ..own
+            },
+            _ => of_service,
         }
     }
 }

@@ -6,12 +6,13 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http_body::Frame;
+use mesh_api::errors::ProxyError;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -37,13 +38,15 @@ struct Open {
 }
 
 /// What goes over an upgraded connection.
-#[derive(Clone)]
+#[derive(Clone, Debug, Default)]
 pub struct Traffic {
     /// What the client sends.
-    up: Sent,
+    pub up: Sent,
     /// What the app sends.
-    down: Sent,
-    /// How long neither may.
+    pub down: Sent,
+    /// Why the proxy has ended it.
+    pub cut: Arc<OnceLock<ProxyError>>,
+    /// How long neither may send nothing.
     idle: Option<Duration>,
 }
 
@@ -84,22 +87,22 @@ impl Upgraded {
             way,
             held: Vec::new(),
             traffic: Traffic {
-                up: Sent::unknown(),
-                down: Sent::unknown(),
-                idle: None,
+                up: Sent::timed(),
+                down: Sent::timed(),
+                ..Traffic::default()
             },
         };
         Self(Arc::new(Mutex::new(Some(open))))
     }
 
-    /// What counts the bytes of the client, and of the app. `idle`: how long neither may send, if that is bounded.
-    pub fn counted(&self, idle: Option<Duration>) -> (Sent, Sent) {
+    /// What counts its bytes. `idle`: how long neither side may send nothing, if that is bounded.
+    pub fn counted(&self, idle: Option<Duration>) -> Traffic {
         let mut open = self.0.lock();
         let Some(Open { traffic, .. }) = &mut *open else {
-            return (Sent::default(), Sent::default());
+            return Traffic::default();
         };
         traffic.idle = idle.or(traffic.idle);
-        (traffic.up.clone(), traffic.down.clone())
+        traffic.clone()
     }
 
     /// Holds something until the connection has ended: charges, guards.
@@ -145,7 +148,10 @@ impl Upgraded {
         let directions = [&traffic.up, &traffic.down];
         tokio::select! {
             relayed = relaying => relayed,
-            () = still(idle, &directions) => Err(io::ErrorKind::TimedOut.into()),
+            () = still(idle, &directions) => {
+                traffic.cut.get_or_init(|| ProxyError::IdleTimeout);
+                Err(io::ErrorKind::TimedOut.into())
+            }
         }
     }
 }
@@ -375,6 +381,16 @@ mod tests {
         });
         let account = Account::new("demo".into(), "web".into(), &Limits::default());
         (upgraded, account)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_on_which_nothing_moves_is_ended() {
+        let ((_client, served), (proxy, _app)) = (pair().await, pair().await);
+        let (upgraded, account) = upgraded(proxy);
+        let traffic = upgraded.counted(Some(Duration::from_secs(60)));
+        let relayed = upgraded.relay(served, Bytes::new(), &account).await;
+        assert_eq!(relayed.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(traffic.cut.get(), Some(&ProxyError::IdleTimeout));
     }
 
     #[tokio::test]

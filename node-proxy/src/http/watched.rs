@@ -16,7 +16,7 @@ use tokio::time::{Instant as Clock, Sleep, sleep, sleep_until};
 use super::answer::grpc_trailers;
 use super::body::{Body, BodyError, Passing};
 use super::story::Story;
-use super::upgrade::Upgraded;
+use super::upgrade::{Traffic, Upgraded};
 use super::wire;
 use crate::balance::{self, Pick};
 use crate::budget::Account;
@@ -41,6 +41,8 @@ pub struct Record {
     pub grpc: bool,
     /// The answer comes through a tunnel.
     pub tunnelled: bool,
+    /// The deadline is the caller's own.
+    pub by_caller: bool,
     /// A fault was injected that delayed it.
     pub delayed: bool,
     /// For the access log and the trace, if anyone asks.
@@ -55,8 +57,8 @@ pub struct Sent(Option<Arc<Progress>>);
 struct Progress {
     begun: Clock,
     bytes: AtomicU64,
-    /// When the last of them came, in microseconds from the beginning.
-    moved: AtomicU64,
+    /// When the last of them came, in microseconds from the beginning. `None`: nobody asks.
+    moved: Option<AtomicU64>,
     ended: AtomicBool,
     end: Notify,
 }
@@ -84,24 +86,34 @@ impl Bounds {
 }
 
 impl Sent {
-    /// Of what is not known yet.
-    pub fn unknown() -> Self {
+    /// Of what is not known yet, with the time at which it moves.
+    pub fn timed() -> Self {
+        Self::new(Some(AtomicU64::new(0)))
+    }
+
+    fn new(moved: Option<AtomicU64>) -> Self {
         Self(Some(Arc::new(Progress {
             begun: Clock::now(),
             bytes: AtomicU64::new(0),
-            moved: AtomicU64::new(0),
+            moved,
             ended: AtomicBool::new(false),
             end: Notify::new(),
         })))
     }
 
-    /// Counts what passes through `body`.
+    /// Counts what passes through `body`; what is here at once.
     pub fn count(&mut self, body: Body) -> Body {
         if body.is_end_stream() {
+            self.end();
             return body;
         }
         if self.0.is_none() {
-            *self = Self::unknown();
+            *self = Self::new(None);
+        }
+        if let Some(whole) = body.as_full() {
+            self.pass(whole.len());
+            self.end();
+            return body;
         }
         Body::passing(Counted {
             body,
@@ -114,11 +126,17 @@ impl Sent {
         progress.map_or(0, |p| p.bytes.load(Ordering::Relaxed))
     }
 
-    /// When the last byte passed, or the first was waited for. `None`: there are none.
+    /// When the last byte passed, or the first was waited for. `None`: there are none, or nobody was to look.
     pub fn moved(&self) -> Option<Clock> {
         let progress = self.0.as_ref()?;
-        let since = Duration::from_micros(progress.moved.load(Ordering::Relaxed));
-        Some(progress.begun + since)
+        let since = progress.moved.as_ref()?.load(Ordering::Relaxed);
+        Some(progress.begun + Duration::from_micros(since))
+    }
+
+    /// Whether all has passed, or no more will.
+    pub fn has_ended(&self) -> bool {
+        let progress = self.0.as_ref();
+        progress.is_none_or(|p| p.ended.load(Ordering::Acquire))
     }
 
     /// Waits until all has passed, or no more will.
@@ -134,14 +152,17 @@ impl Sent {
     fn pass(&self, bytes: usize) {
         let Some(progress) = &self.0 else { return };
         progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        let since = u64::try_from(progress.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        progress.moved.store(since, Ordering::Relaxed);
+        if let Some(moved) = &progress.moved {
+            let since = u64::try_from(progress.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+            moved.store(since, Ordering::Relaxed);
+        }
     }
 
     fn end(&self) {
         let Some(progress) = &self.0 else { return };
-        progress.ended.store(true, Ordering::Release);
-        progress.end.notify_waiters();
+        if !progress.ended.swap(true, Ordering::Release) {
+            progress.end.notify_waiters();
+        }
     }
 }
 
@@ -181,13 +202,13 @@ pub fn watch<H: Send + Sync + Unpin + 'static>(
     }
     if let Some(upgraded) = parts.extensions.get::<Upgraded>() {
         record.judge(true);
-        let (up, down) = upgraded.counted(bounds.idle);
-        record.sent = up;
+        let traffic = upgraded.counted(bounds.idle);
+        record.sent = traffic.up.clone();
         upgraded.hold((
             Tail {
                 record: Some(record),
                 status,
-                down,
+                traffic,
             },
             held,
         ));
@@ -256,7 +277,7 @@ impl Record {
 struct Tail {
     record: Option<Record>,
     status: u16,
-    down: Sent,
+    traffic: Traffic,
 }
 
 impl Drop for Tail {
@@ -264,7 +285,8 @@ impl Drop for Tail {
         if let Some(record) = self.record.take() {
             record.settle(Outcome {
                 status: self.status,
-                response_bytes: self.down.get(),
+                error: self.traffic.cut.get().copied(),
+                response_bytes: self.traffic.down.get(),
                 ..Outcome::default()
             });
         }
@@ -303,7 +325,12 @@ impl<H> Watched<H> {
         let Some(mut record) = self.record.take() else {
             return;
         };
-        if !record.judged && error != Some(ProxyError::Cancelled) {
+        let of_caller = match error {
+            Some(ProxyError::Cancelled) => true,
+            Some(ProxyError::RequestTimeout) => record.by_caller,
+            _ => false,
+        };
+        if !record.judged && !of_caller {
             let failed = self.grpc_status.is_some_and(is_failure);
             record.judge(error.is_none() && !failed);
         }
@@ -457,7 +484,12 @@ impl http_body::Body for Counted {
 
 impl Passing for Counted {
     fn poll_absorb(&mut self, cx: &mut Context<'_>, account: &Arc<Account>) -> Poll<()> {
-        self.body.poll_absorb(cx, account)
+        let absorbed = self.body.poll_absorb(cx, account);
+        if self.body.is_end_stream() {
+            // Whoever reads it need not ask for more.
+            self.progress.end();
+        }
+        absorbed
     }
 }
 
@@ -505,6 +537,7 @@ mod tests {
             sent: Sent::default(),
             grpc,
             tunnelled: false,
+            by_caller: false,
             delayed: false,
             story: None,
         }
@@ -525,7 +558,7 @@ mod tests {
             idle: Some(Duration::from_secs(1)),
         };
         let (mut record, silent) = (record(&telemetry, false), Body::boxed(Silent));
-        record.sent = Sent::unknown();
+        record.sent = Sent::timed();
         let sent = record.sent.clone();
         let response = watch(Response::new(silent), record, bounds, ());
         let begun = Clock::now();
@@ -567,6 +600,14 @@ mod tests {
             ended.await;
         }
         sent.ended().await;
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_here_is_counted_at_once_and_stays_as_it_is() {
+        let mut sent = Sent::default();
+        let body = sent.count(Body::full("four"));
+        assert_eq!((sent.get(), sent.has_ended()), (4, true));
+        assert_eq!(body.as_full().unwrap(), "four");
     }
 
     #[test]

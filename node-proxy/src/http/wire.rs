@@ -3,8 +3,9 @@
 //! A request is an HTTP/2 request of its own: the app's pseudo-headers and headers, and beside them
 //! `warren-target` (the pod's address and port), `warren-source` (the caller's address), `warren-service`
 //! (`namespace/name:port`, if a Service was addressed), `warren-version` (what the app speaks), `warren-case` (how an
-//! HTTP/1 app spelled its header names) and `warren-connect-timeout` (milliseconds, if a policy has one). An HTTP/1 app's
-//! `Host` stays a header, so that it arrives untouched.
+//! HTTP/1 app spelled its header names), `warren-connect-timeout` (milliseconds, if a policy has one) and `warren-retries` (the
+//! caller's proxy sends it again where that is harmless). An HTTP/1 app's `Host` stays a header, so that it arrives
+//! untouched.
 //! An upgrade is an extended CONNECT (RFC 8441) whose `:protocol` is the first token of `Upgrade`, and an
 //! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`]. What is large of a large head goes before the
 //! body ([`pack`]).
@@ -41,8 +42,9 @@ const AUTHORITY: HeaderName = HeaderName::from_static("warren-authority");
 /// The method of an upgrade, if it is not GET.
 const METHOD: HeaderName = HeaderName::from_static("warren-method");
 const CONNECT_TIMEOUT: HeaderName = HeaderName::from_static("warren-connect-timeout");
+const RETRIES: HeaderName = HeaderName::from_static("warren-retries");
 /// Headers of a proxy's own beside those of a message.
-const MOST_OWN: usize = 7;
+const MOST_OWN: usize = 8;
 
 /// What a request on a tunnel says beside the app's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +88,7 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         headers.insert(SERVICE, value(service)?);
     }
     headers.insert(VERSION, HeaderValue::from_static(version(parts.version)));
+    headers.insert(RETRIES, HeaderValue::from_static("1"));
     if let Some(connect) = envelope.connect {
         let millis = u64::try_from(connect.as_millis()).unwrap_or(u64::MAX);
         headers.insert(CONNECT_TIMEOUT, HeaderValue::from(millis));
@@ -113,6 +116,11 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         parts.version = Version::HTTP_11;
     }
     Ok(())
+}
+
+/// Whether the caller's proxy sends a request again that the app did not process, or closed a kept connection under.
+pub fn retries(headers: &mut HeaderMap) -> bool {
+    headers.remove(RETRIES).is_some()
 }
 
 /// Takes a request that came through a tunnel apart: what the proxies say, and the app's own request.

@@ -161,7 +161,7 @@ impl Connection {
         if !self.send.is_extended_connect_protocol_enabled() {
             let mut told = self.told.subscribe();
             self.asked.notify_one();
-            // What is not said in time is a no.
+            // What is not said in time is a no, for this request.
             let _ = timeout(within, told.wait_for(|told| *told)).await;
         }
         self.send.is_extended_connect_protocol_enabled()
@@ -212,7 +212,10 @@ pub(super) async fn send(
         };
         match place.0.ready(extended, connect_timeout).await {
             Ok(None) => {
-                let error = ProxyError::UnsupportedProtocol;
+                let error = match *place.0.told.borrow() {
+                    true => ProxyError::UnsupportedProtocol,
+                    false => ProxyError::ConnectTimeout,
+                };
                 return Err(AppError::Connect(error, Some(request)));
             }
             Ok(Some(mut ready)) => {

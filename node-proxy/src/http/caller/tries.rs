@@ -95,22 +95,25 @@ impl Exchange<'_> {
                 if !over_deadline {
                     self.record.request.retry_budget_exhausted();
                 }
-                if failed.is_some() {
-                    self.record.judge(false);
-                }
+                self.record.judge(outcome.success);
                 let unavailable = budget.is_some_and(|b| b.over == OverBudget::Unavailable);
                 if unavailable && !over_deadline {
                     return Err(ProxyError::RetryBudget.into());
                 }
                 return give(result, to);
             }
-            self.record.judge(outcome.success);
+            if matches!(cause, Cause::IdleClosed) && retries == 0 {
+                // A race that any server may win: it says nothing of the endpoint, to which a session may belong.
+                self.record.pick = None;
+            } else {
+                self.record.judge(outcome.success);
+                tried.push(to);
+            }
             self.record.request.retried();
             if let Some(story) = &mut self.record.story {
                 story.retries += 1;
             }
             last = failed.or(last);
-            tried.push(to);
             retries += 1;
             drop(result);
             if !pause.is_zero() {

@@ -198,6 +198,17 @@ fn a_malformed_hello_is_tls_without_a_name() {
 }
 
 #[test]
+fn control_characters_are_no_client_hello() {
+    // What Netty skips before a request.
+    let hello = [22, 3, 1, 0, 5, 1, 0, 0, 1, 0];
+    let request = b"GET /admin HTTP/1.1\r\nHost: x\r\n\r\n";
+    assert_eq!(
+        detect(&[&hello[..], request].concat()),
+        Some(Protocol::Opaque)
+    );
+}
+
+#[test]
 fn nothing_is_undecided_for_ever() {
     for (begin, with, answer) in [
         (&b"GET /"[..], b'a', Protocol::Http1),

@@ -35,7 +35,7 @@ pub fn effective(
             service.and_then(|p| p.circuit_breaking.as_ref()),
         ),
         retry: retry(
-            section(rule_policy, service, |p| p.retry.as_ref()),
+            section(rule_policy, service, retries),
             retry_budget(
                 service.and_then(budget),
                 backend.and_then(|backend| backend.retry_constraint.as_ref()),
@@ -63,6 +63,16 @@ pub fn effective(
                 .map(|wanted| retry_budget(Some(wanted), None)),
         },
     }
+}
+
+/// The section, if it says anything but the budget.
+fn retries(policy: &mesh::TrafficPolicy) -> Option<&mesh::RetryPolicy> {
+    let retry = policy.retry.as_ref()?;
+    let budget = mesh::RetryPolicy {
+        budget: retry.budget,
+        ..Default::default()
+    };
+    (*retry != budget).then_some(retry)
 }
 
 fn budget(policy: &mesh::TrafficPolicy) -> Option<&mesh::RetryBudget> {

@@ -324,6 +324,12 @@ fn the_retry_budget_is_the_backends_unless_the_rule_has_one() {
     let by_rule = effective(Some(&parent), None, None, Some(&of(40))).by_rule;
     assert_eq!(by_parent.budget(&backend).percent, 30);
     assert_eq!(by_rule.budget(&backend).percent, 40);
+    let interval = by_rule.budget(&backend).interval;
+    assert_eq!(interval, backend.retry.budget.interval, "one count");
+    let mut twice = of(30);
+    twice.retry.as_mut().unwrap().attempts = Some(5);
+    let merged = effective(Some(&twice), None, None, Some(&of(40)));
+    assert_eq!(merged.retry.attempts, 5, "a budget is no section");
     let over = by_rule.budget(&constrained);
     assert_eq!((over.percent, over.over), (1, OverBudget::Unavailable));
 }

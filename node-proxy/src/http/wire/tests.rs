@@ -40,6 +40,7 @@ fn a_request_arrives_as_it_was() {
         let before = parts.headers.clone();
         seal(&mut parts, &envelope()).unwrap();
         let mut parts = over_tunnel(parts);
+        assert!(retries(&mut parts.headers));
         assert_eq!(open(&mut parts), Ok(envelope()));
         assert_eq!(parts.version, version);
         assert_eq!(parts.headers, before);
