@@ -8,7 +8,7 @@
 //! are states of a Service's endpoints and callers; a rule's `TrafficPolicy` does not change them. Balancing and the
 //! retry budget are the backend's own, unless the rule's `TrafficPolicy` has them ([`ByRule`]).
 //!
-//! Of several `TrafficPolicy`s for one target each field is that of the first which sets it ([`together`]).
+//! Of several `TrafficPolicy`s for one target each field is that of the first which sets it ([`together()`]).
 //!
 //! The controller has validated every value. What is out of range nevertheless is clamped, never refused:
 //! an odd policy must not cost a Service its traffic.
