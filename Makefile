@@ -63,9 +63,8 @@ bench: ## side by side: direct, Warren, Envoy; then bench-fleet; tables on the s
 	target/dist/warren-bench fleet $(FLEET_ARGS)
 
 bench-fleet: ## the controller with 1,000 nodes and 50,000 pods, for minutes; narrow it with FLEET_ARGS
-	@scripts/install-deps.sh build
-	cargo build --release $(PROGRAMS)
-	target/release/warren-bench fleet $(FLEET_ARGS)
+	$(MAKE) dist
+	target/dist/warren-bench fleet $(FLEET_ARGS)
 
 bench-micro: ## criterion: table lookup, endpoint pick, accept to first byte
 	@scripts/install-deps.sh build

@@ -1,5 +1,14 @@
-//! Headers that a route's header modifiers cannot change. One list for both sides: the controller says of a
-//! route what the proxies would refuse.
+//! Headers that no app and no route may write. One list for both sides: the controller says of a route what the
+//! proxies would refuse.
+
+/// Whether only proxies may say this. Names have no case. `_` for `-`: to a CGI program both are the same variable
+/// (RFC 3875, section 4.1.18).
+pub fn is_reserved(name: &str) -> bool {
+    let Some((start, rest)) = name.split_at_checked(OWN.len()) else {
+        return false;
+    };
+    start.eq_ignore_ascii_case(OWN) && rest.starts_with(['-', '_'])
+}
 
 /// Why no header of this name can be set or added to; `None`: it can. Names have no case.
 pub fn refuse_set(name: &str) -> Option<&'static str> {
@@ -14,9 +23,10 @@ pub fn refuse_remove(name: &str) -> Option<&'static str> {
     if is_one_of(&FRAMING, name) {
         return Some("cannot be changed: it is part of how a message is framed");
     }
-    let start = name.get(..OWN.len()).unwrap_or_default();
-    if start.eq_ignore_ascii_case(OWN) {
-        return Some("cannot be changed: headers that begin with warren- are the mesh's own");
+    if is_reserved(name) {
+        return Some(
+            "cannot be changed: headers that begin with warren- or warren_ are the mesh's own",
+        );
     }
     None
 }
@@ -46,7 +56,7 @@ const HOP_BY_HOP: [&str; 7] = [
 const FRAMING: [&str; 2] = ["content-length", "trailer"];
 
 /// How the names of the mesh's own headers begin.
-const OWN: &str = "warren-";
+const OWN: &str = "warren";
 
 #[cfg(test)]
 mod tests {
@@ -59,13 +69,25 @@ mod tests {
             assert!(refuse_remove(name).is_none(), "{name}");
             assert!(is_hop_by_hop(name), "{name}");
         }
-        for name in ["Content-Length", "trailer", "Warren-Client-Id", "warren-"] {
+        let own = ["Warren-Client-Id", "warren-", "Warren_Client_Id", "WARREN_"];
+        for name in own.iter().chain(&["Content-Length", "trailer"]) {
             assert!(refuse_set(name).is_some(), "{name}");
             assert!(refuse_remove(name).is_some(), "{name}");
+            assert_eq!(is_reserved(name), own.contains(name), "{name}");
         }
-        for name in ["x-a", "host", "warren", "warréns", "x-warren-a", "", "é"] {
+        for name in [
+            "x-a",
+            "host",
+            "warren",
+            "warrens-a",
+            "warréns",
+            "x-warren-a",
+            "",
+            "é",
+        ] {
             assert!(refuse_set(name).is_none(), "{name}");
             assert!(refuse_remove(name).is_none(), "{name}");
+            assert!(!is_reserved(name), "{name}");
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::flow::Flow;
 use crate::http::callee::Call;
 use crate::http::connection::{Connection, Role};
 use crate::http::detect::Protocol;
-use crate::http::opening::{self, Opening};
+use crate::http::opening::{self, Declared, Opening};
 use crate::outbound::is_settings;
 use crate::pods::Pod;
 use crate::probe;
@@ -77,9 +77,13 @@ pub async fn serve(
                 .inc();
         }
     }
-    // One look, as for a caller of the mesh; then the app is connected, and whoever speaks first decides.
+    // As for a caller of the mesh. A node's probes of TCP are to reach the app, whatever it is declared to speak.
+    let declared = match from_node {
+        true => Declared::Unset,
+        false => opening::of_endpoint(&context.table.service_ports(destination)),
+    };
     let mut bytes = BytesMut::new();
-    let mut known = match opening::look(&socket, &mut bytes) {
+    let mut known = match opening::begun(declared, &socket, &mut bytes).await {
         Ok(known) => known,
         Err(_) => return refuse(&flow, socket, ProxyError::Cancelled),
     };

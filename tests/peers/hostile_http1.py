@@ -51,6 +51,7 @@ def shapes():
     """Name, bytes, statuses that are right. For a port that is declared to be HTTP."""
     yield from lines()
     yield "no version", b"GET /shape\r\nHost: x\r\nwarren-client-id: " + FORGED + b"\r\n\r\n", REFUSED
+    yield "a control character first", b"\x01" + GET + b"warren-client-id: " + FORGED + b"\r\n\r\n", REFUSED
     yield "no HTTP at all", b"EHLO mail\r\n\r\n", REFUSED
     length = b"Content-Length: %d\r\n" % len(BODY)
     yield "length and chunked", POST + length + b"Transfer-Encoding: chunked\r\n\r\n" + BODY, REFUSED

@@ -5,9 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde_json::Value;
+use warren_tests::http::{Answer, HTTP};
 use warren_tests::lab::{Lab, Options, PodRef};
 use warren_tests::load::{attempt, attempt_until};
-use warren_tests::manifest::{CLIENT, ECHO, FAR, NEAR, Pod, WHO, account, near_and_far};
+use warren_tests::manifest::{
+    CLIENT, ECHO, FAR, NEAR, Pod, WHO, account, near_and_far, service_of,
+};
 use warren_tests::pki::{Authority, Leaf};
 use warren_tests::python::{interpreter, peer};
 use warren_tests::scenario::scenario;
@@ -29,7 +32,13 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
             leaf,
         };
         let mut manifests = near_and_far();
-        manifests.push(account("demo", "peer"));
+        manifests.extend([account("demo", "peer"), account("demo", "web")]);
+        for name in ["declared", "undeclared"] {
+            let pod = Pod::http("demo", name, "node-1").account("web");
+            manifests.push(pod.label("app", name).build());
+        }
+        let declared = service_of("demo", "declared", &[(80, HTTP, Some("http"))]);
+        manifests.push(declared);
         let mut server = peer_files.command("hbone_server.py");
         let faults = ["--lose", "7778=1", "--lose", "7779=2", "--mute", "7780"];
         server.extend(faults.map(str::to_owned));
@@ -114,7 +123,7 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
             for ip in &pod.ips {
                 let uri = format!("spiffe://cluster.local/ns/demo/sa/{}", server.1);
                 let echo = SocketAddr::new(*ip, ECHO).to_string();
-                let answer = call(&lab, &peer_files, *ip, &echo);
+                let answer = call(&lab, &peer_files, *ip, &echo, "bytes from python");
                 assert_eq!(
                     (&answer["tls"], &answer["alpn"]),
                     (&"ok".into(), &"h2".into()),
@@ -132,6 +141,7 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
                     &peer_files,
                     *ip,
                     &SocketAddr::new(*ip, WHO).to_string(),
+                    "bytes from python",
                 );
                 let said = who["answer"].as_str().unwrap_or_default();
                 let caller = peer_pod.ips.iter().find(|p| p.is_ipv4() == ip.is_ipv4());
@@ -145,10 +155,51 @@ fn hbone_peers_in_python_talk_with_meshed_pods_both_ways() {
             }
             // Another pod's address is no target here.
             let other = SocketAddr::new(lab.pod(CLIENT).v4(), ECHO).to_string();
-            let answer = call(&lab, &peer_files, pod.v4(), &other);
+            let answer = call(&lab, &peer_files, pod.v4(), &other, "bytes from python");
             assert_eq!(
                 answer["headers"]["warren-proxy-error"], "not_local",
                 "{answer}"
+            );
+        }
+
+        // What it says in HTTP is looked into: the app is told who calls, and not by the caller.
+        for name in ["declared", "undeclared"] {
+            let ip = lab.pod(("demo", name)).v4();
+            let to = SocketAddr::new(ip, HTTP).to_string();
+            let say = |first: &str| {
+                let forged = "spiffe://cluster.local/ns/prod/sa/admin";
+                let request = format!("{first}\r\nHost: web\r\nWarren-Client-Id: {forged}\r\n\r\n");
+                let answer = call(&lab, &peer_files, ip, &to, &request);
+                assert_eq!(answer["status"], 200, "{answer}");
+                Answer::parse(answer["answer"].as_str().unwrap_or_default())
+            };
+            let answer = say("GET /hbone HTTP/1.1");
+            assert_eq!(answer.status(), 200, "{name}: {answer:?}");
+            let told = answer.seen_header("warren-client-id");
+            assert_eq!(told.as_deref(), Some(PEER_ID), "{name}: {answer:?}");
+            let mut refused = vec!["GET  /hbone HTTP/1.1", "GET /hbone http/1.1"];
+            if name == "declared" {
+                refused.push("\u{1}GET /hbone HTTP/1.1");
+            }
+            for first in refused {
+                let answer = say(first);
+                assert!((400..506).contains(&answer.status()), "{first}: {answer:?}");
+                let cause = answer.field("warren-proxy-error");
+                assert!(cause.is_some(), "{name}, {first}: the app's {answer:?}");
+            }
+            let labels = [
+                ("reporter", "destination"),
+                ("source_workload", "peer"),
+                ("destination_workload", name),
+                ("security", "mutual_tls"),
+                ("status", "200"),
+            ];
+            let metrics = lab.metrics("node-1");
+            assert_eq!(
+                metrics.sum("warren_http_requests_total", &labels),
+                1.0,
+                "{}",
+                metrics.describe("warren_http_requests_total")
             );
         }
     });
@@ -199,12 +250,12 @@ fn connect_until_given_up(lab: &Lab, python: &str, to: SocketAddr) {
 
 /// One CONNECT over HBONE from the Python pod to a pod's own port 15008.
 #[track_caller]
-fn call(lab: &Lab, files: &Files, ip: std::net::IpAddr, authority: &str) -> Value {
+fn call(lab: &Lab, files: &Files, ip: std::net::IpAddr, authority: &str, send: &str) -> Value {
     let mut command = files.command("hbone_client.py");
     for (flag, value) in [
         ("--connect", ip.to_string()),
         ("--authority", authority.into()),
-        ("--send", "bytes from python".into()),
+        ("--send", send.into()),
     ] {
         command.extend([flag.to_owned(), value]);
     }

@@ -18,6 +18,8 @@ use warren_tests::wait::wait_until;
 const ATTACKER: PodRef<'_> = ("demo", "attacker");
 const QUIET: PodRef<'_> = ("demo", "quiet");
 const FAR: PodRef<'_> = ("demo", "far");
+/// A server without a Service.
+const BARE: PodRef<'_> = ("demo", "bare");
 /// Not in the mesh.
 const OUTSIDE: PodRef<'_> = ("outside", "caller");
 const NODES: [&str; 2] = ["node-1", "node-2"];
@@ -80,25 +82,25 @@ fn malformed_requests_are_refused_and_nothing_is_smuggled() {
 fn first_lines_that_any_server_takes_are_http_also_where_nothing_is_declared() {
     scenario(Duration::from_secs(420), |s| {
         let lab = attacked(s);
-        let address = lab.pod(FAR).v4().to_string();
-        for (caller, host, port) in [
-            (ATTACKER, "far", UNDECLARED),
-            // A pod's own address: no Service says anything of it.
-            (ATTACKER, &*address, HTTP),
-            (OUTSIDE, &*address, HTTP),
+        let address = |pod| lab.pod(pod).v4().to_string();
+        let (far, bare) = (address(FAR), address(BARE));
+        for (what, caller, host, port) in [
+            ("lines", ATTACKER, "far", UNDECLARED),
+            // A pod's own address.
+            ("lines", ATTACKER, &*far, HTTP),
+            ("lines", OUTSIDE, &*bare, HTTP),
+            // Its node knows what the Services say whose endpoint it is.
+            ("shapes", OUTSIDE, &*far, HTTP),
         ] {
-            println!("{caller:?} to {host}:{port}");
-            let said = run_in(
-                &lab,
-                caller,
-                "hostile_http1.py",
-                &["lines", host, &port.to_string()],
-                120,
-            );
+            println!("{what} from {caller:?} to {host}:{port}");
+            let args = [what, host, &port.to_string()];
+            let said = run_in(&lab, caller, "hostile_http1.py", &args, 240);
             expect_right(&said);
         }
-        let seen = admin(&lab, FAR, "/count", None);
-        assert!(seen["paths"]["/smuggled"].is_null(), "{seen}");
+        for server in [FAR, BARE] {
+            let seen = admin(&lab, server, "/count", None);
+            assert!(seen["paths"]["/smuggled"].is_null(), "{seen}");
+        }
     });
 }
 
@@ -319,6 +321,10 @@ fn attacked(s: &Scenario) -> Lab {
             ],
         ));
     }
+    manifests.extend([
+        account("demo", "bare"),
+        Pod::http("demo", "bare", "node-2").build(),
+    ]);
     s.lab(2, &manifests)
 }
 

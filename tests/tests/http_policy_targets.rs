@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use warren_tests::http::{Answer, HTTP, curl, requests, try_curl};
+use warren_tests::http::{Answer, HTTP, RAW, count, curl, requests, try_curl};
 use warren_tests::lab::{Lab, PodRef};
-use warren_tests::manifest::{Pod, account, meshed_namespace, service};
+use warren_tests::manifest::{Pod, account, meshed_namespace, service, service_of};
 use warren_tests::routes::{CLIENT, front, http_route, wait_for_route};
 use warren_tests::scenario::{Scenario, scenario};
 use warren_tests::wait::wait_until;
@@ -22,7 +22,7 @@ fn lab(s: &Scenario, fronts: &[&str]) -> Lab {
     ]);
     for ((_, name), node) in SERVERS.iter().zip(["node-1", "node-2", "node-2"]) {
         let pod = Pod::http("demo", name, node).account("web");
-        manifests.push(pod.label("app", "web").build());
+        manifests.push(pod.label("app", "web").label("only", name).build());
     }
     manifests.push(service("demo", "web", &[(80, HTTP)]));
     manifests.extend(fronts.iter().map(|name| front("demo", name, "web")));
@@ -206,5 +206,82 @@ fn what_limits_of_time_bound() {
             assert_eq!(answer.status(), 200, "{front}: {sent}");
             assert_eq!(answer.seen()["body"], json!(40), "{front}: {answer:#?}");
         }
+    });
+}
+
+#[test]
+fn the_time_to_connect_to_an_app_is_bounded_on_either_node() {
+    scenario(Duration::from_secs(120), |s| {
+        let lab = lab(s, &[]);
+        for (front, pod) in [("near", SERVERS[0]), ("far", SERVERS[1])] {
+            let mut only = service_of("demo", front, &[(80, RAW, Some("http"))]);
+            only["spec"]["selector"] = json!({"only": pod.1});
+            let connect = json!({"timeouts": {"connect": "300ms"}});
+            lab.apply(&[only, policy(front, of_service(front), connect)])
+                .expect_ok();
+            let silent = format!(
+                "add table inet silent
+                 add chain inet silent input {{ type filter hook input priority 0; }}
+                 add rule inet silent input tcp dport {RAW} drop"
+            );
+            lab.exec(pod, &["nft", &silent]).expect_ok();
+            let url = format!("http://{front}/");
+            // Three tries of 10 s unless it is bounded.
+            wait_until("the time to connect", Duration::from_secs(30), || {
+                let answer = try_curl(&lab, CLIENT, &[&url, "--max-time", "4"])?;
+                match (answer.status(), answer.field("warren-proxy-error")) {
+                    (504, Some(cause)) if cause == "connect_timeout" => Ok(()),
+                    _ => Err(format!("{answer:?}")),
+                }
+            });
+            lab.exec(pod, &["nft", "delete table inet silent"])
+                .expect_ok();
+            assert_eq!(curl(&lab, CLIENT, &[&url]).status(), 200, "{front}");
+        }
+    });
+}
+
+#[test]
+fn a_kept_connection_that_closes_is_no_reason_to_leave_an_endpoint() {
+    scenario(Duration::from_secs(120), |s| {
+        let lab = lab(s, &["kept"]);
+        lab.apply(&[policy("kept", of_service("kept"), by_user())])
+            .expect_ok();
+        let url = "http://kept/";
+        // One after the other, so that no server is left more than one connection.
+        let served_by = |user: u32| {
+            let header = format!("x-user: u{user}");
+            curl(&lab, CLIENT, &[url, "-H", &header]).server()
+        };
+        wait_until("balancing by user", Duration::from_secs(20), || {
+            let served = [(); 3].map(|()| (0..12).map(served_by).collect::<Vec<_>>());
+            match served.windows(2).all(|pass| pass[0] == pass[1]) {
+                true => Ok(()),
+                false => Err(format!("{served:?}")),
+            }
+        });
+        let counts = || SERVERS.map(|server| count(&lab, server));
+        let mut seen = BTreeSet::new();
+        for user in 0..12 {
+            let header = format!("x-user: u{user}");
+            let args = [url, "-H", &header];
+            for more in [&[][..], &["-X", "PUT", "-d", "content"]] {
+                let served = curl(&lab, CLIENT, &args);
+                assert_eq!(served.status(), 200, "{served:#?}");
+                let before = counts();
+                // The app closes the connection that the request before has left, and the fresh one.
+                let close = ["-H", "x-control: close=1"];
+                let answer = curl(&lab, CLIENT, &[&args[..], more, &close].concat());
+                let cause = answer.field("warren-proxy-error");
+                let expected = (502, Some("upstream_reset"));
+                assert_eq!((answer.status(), cause.as_deref()), expected);
+                for ((was, is), (_, name)) in before.iter().zip(counts()).zip(SERVERS) {
+                    let twice = if name == served.server() { 2 } else { 0 };
+                    assert_eq!(is - was, twice, "{name}, {more:?} of {header}");
+                }
+                seen.insert(served.server());
+            }
+        }
+        assert_eq!(seen.len(), 3, "near and far: {seen:?}");
     });
 }

@@ -146,6 +146,7 @@ impl Way {
                     source: caller.source.ip(),
                     service: service.map(|port| Arc::clone(&port.reference)),
                     connect,
+                    retries: true,
                 };
                 let sending = through_tunnel(caller, &key, &envelope, request);
                 Box::pin(sending).await

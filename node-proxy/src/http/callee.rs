@@ -78,19 +78,7 @@ pub async fn deliver(
     let telemetry = &worker.context.telemetry;
     let meter = worker.meters.lock().get(&telemetry.http, &labels);
     let mut sent = Sent::default();
-    let mut record = Record {
-        request: meter.start(&head.method),
-        error: None,
-        pick: None,
-        judged: false,
-        latency: Duration::ZERO,
-        sent: Sent::default(),
-        grpc,
-        tunnelled: false,
-        by_caller: false,
-        delayed: false,
-        story: None,
-    };
+    let mut record = Record::new(meter.start(&head.method), grpc);
     let addresses = (SocketAddr::new(call.source, 0), call.target);
     record.story = Story::begin(&worker.context, &mut head, &labels, addresses);
     let refuse = |record: &mut Record, error: ProxyError| {

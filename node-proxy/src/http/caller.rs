@@ -125,22 +125,9 @@ impl Session {
             security: Security::Plaintext,
         };
         let meter = self.meter(&labels);
-        let record = Record {
-            request: meter.start(&head.method),
-            error: None,
-            pick: None,
-            judged: false,
-            latency: Duration::ZERO,
-            sent: Sent::default(),
-            grpc,
-            tunnelled: false,
-            by_caller: false,
-            delayed: false,
-            story: None,
-        };
+        let mut record = Record::new(meter.start(&head.method), grpc);
         let addresses = (self.source, self.destination);
-        let story = Story::begin(&self.worker.context, &mut head, &labels, addresses);
-        let record = Record { story, ..record };
+        record.story = Story::begin(&self.worker.context, &mut head, &labels, addresses);
         let mut exchange = Exchange {
             session: self,
             labels,
@@ -250,7 +237,6 @@ impl Exchange<'_> {
             self.record.sent = Sent::timed();
         }
         let body = self.record.sent.count(body);
-        let sent = self.record.sent.clone();
         let answering = self.answer(&plan, &to, parts, body);
         let answered = match deadline {
             None => answering.await,
@@ -264,7 +250,7 @@ impl Exchange<'_> {
             Err(Stop::Error(ProxyError::RequestTimeout)) if self.record.by_caller => {
                 self.record.pick = None;
             }
-            Err(Stop::Error(ProxyError::IdleTimeout)) if !sent.has_ended() => {
+            Err(Stop::Error(ProxyError::IdleTimeout)) if !self.record.sent.has_ended() => {
                 self.record.pick = None;
             }
             Err(Stop::Error(ProxyError::RequestTimeout | ProxyError::IdleTimeout)) => {

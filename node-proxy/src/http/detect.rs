@@ -13,8 +13,8 @@
 //! other protocols wait for nothing but the end of a line, and none of binary data. [`MAX_PEEK`] bytes that may still become
 //! a request are HTTP/1, which refuses them, unless they are one single word: that is data. Not protected here are servers
 //! that take a method of 16 KiB or one that is no token, that read headers behind a line of two words (HTTP/0.9), or that
-//! skip control characters before a request (Netty). To callers of a Service whose port is declared HTTP only the last are
-//! open, behind what passes for a ClientHello.
+//! skip control characters before a request (Netty). To callers of a Service whose port is declared HTTP, and to those without
+//! a proxy of ours, only the last are open, behind what passes for a ClientHello.
 //!
 //! A packet may be cut anywhere: the same bytes lead to the same answer however they arrive.
 

@@ -144,30 +144,15 @@ pub enum Refused {
 impl Refused {
     /// What a client is answered with; a response that is refused is a 502.
     pub const fn status(self) -> StatusCode {
-        match self {
-            Self::StartLine
-            | Self::Target
-            | Self::BareLineFeed
-            | Self::HeaderName
-            | Self::HeaderValue
-            | Self::Host
-            | Self::ContentLength
-            | Self::LengthAndEncoding
-            | Self::TransferEncoding => StatusCode::BAD_REQUEST,
-            Self::Version => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
-            Self::LineTooLong => StatusCode::URI_TOO_LONG,
-            Self::HeadTooLarge | Self::TooManyHeaders => {
-                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
-            }
-            Self::Coding => StatusCode::NOT_IMPLEMENTED,
-            Self::SlowHead => StatusCode::REQUEST_TIMEOUT,
-            Self::Limit => StatusCode::TOO_MANY_REQUESTS,
-            Self::Unexpected => StatusCode::BAD_GATEWAY,
-        }
+        self.answer().0
     }
 
     /// What the answer names as its cause, whatever its status.
     pub const fn error(self) -> ProxyError {
+        self.answer().1
+    }
+
+    const fn answer(self) -> (StatusCode, ProxyError) {
         match self {
             Self::StartLine
             | Self::Target
@@ -177,14 +162,20 @@ impl Refused {
             | Self::Host
             | Self::ContentLength
             | Self::LengthAndEncoding
-            | Self::TransferEncoding => ProxyError::MalformedRequest,
-            Self::Version | Self::Coding => ProxyError::UnsupportedProtocol,
-            Self::LineTooLong | Self::HeadTooLarge | Self::TooManyHeaders => {
-                ProxyError::HeadersTooLarge
-            }
-            Self::SlowHead => ProxyError::SlowRequest,
-            Self::Limit => ProxyError::WorkloadLimit,
-            Self::Unexpected => ProxyError::UpstreamProtocol,
+            | Self::TransferEncoding => (StatusCode::BAD_REQUEST, ProxyError::MalformedRequest),
+            Self::Version => (
+                StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+                ProxyError::UnsupportedProtocol,
+            ),
+            Self::LineTooLong => (StatusCode::URI_TOO_LONG, ProxyError::HeadersTooLarge),
+            Self::HeadTooLarge | Self::TooManyHeaders => (
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                ProxyError::HeadersTooLarge,
+            ),
+            Self::Coding => (StatusCode::NOT_IMPLEMENTED, ProxyError::UnsupportedProtocol),
+            Self::SlowHead => (StatusCode::REQUEST_TIMEOUT, ProxyError::SlowRequest),
+            Self::Limit => (StatusCode::TOO_MANY_REQUESTS, ProxyError::WorkloadLimit),
+            Self::Unexpected => (StatusCode::BAD_GATEWAY, ProxyError::UpstreamProtocol),
         }
     }
 

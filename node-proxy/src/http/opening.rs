@@ -5,6 +5,7 @@
 //! server as for TCP and takes whoever speaks first: a server that greets is not delayed.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -12,7 +13,9 @@ use mesh_api::names::is_http;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use super::detect::{MAX_PEEK, Protocol, detect};
+use super::detect::{Protocol, detect};
+use super::route::RouteSet;
+use crate::table::ServicePort;
 
 /// A connection whose first bytes have been read.
 #[derive(Debug)]
@@ -26,8 +29,10 @@ pub struct Opening {
 /// What the declaration of a port says of its protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Declared {
-    /// HTTP, or TLS that is routed by server name: the client speaks first.
-    ClientFirst,
+    /// The client speaks first. What is neither HTTP nor TLS is refused.
+    Http,
+    /// TLS that is routed by server name: the client speaks first.
+    Tls,
     /// Never looked into.
     Opaque,
     /// Nothing is declared.
@@ -38,15 +43,41 @@ pub enum Declared {
 pub fn declared(app_protocol: &str) -> Declared {
     match app_protocol {
         "" => Declared::Unset,
-        name if is_http(name) => Declared::ClientFirst,
+        name if is_http(name) => Declared::Http,
         _ => Declared::Opaque,
     }
+}
+
+/// What a Service's port is to callers with these routes.
+pub fn of_service(port: &ServicePort, routes: Option<&RouteSet>) -> Declared {
+    match (routes, declared(&port.app_protocol)) {
+        (Some(RouteSet::Tls(_)), _) => Declared::Tls,
+        (Some(RouteSet::Tcp(_)), _) => Declared::Opaque,
+        (Some(RouteSet::Http(_) | RouteSet::Grpc(_)), Declared::Unset) => Declared::Http,
+        (_, declared) => declared,
+    }
+}
+
+/// What a port of a pod of this node is to callers that have no proxy of the mesh: what the Services with this endpoint
+/// say, as far as they agree. Routes by server name and of TCP are the Services' only.
+pub fn of_endpoint(services: &[Arc<ServicePort>]) -> Declared {
+    let mut all = Declared::Unset;
+    for port in services {
+        let rules = port.http.load();
+        let routes = rules.producer.as_deref().filter(|set| set.is_http());
+        match of_service(port, routes) {
+            Declared::Unset => {}
+            declared if all == Declared::Unset || all == declared => all = declared,
+            _ => return Declared::Unset,
+        }
+    }
+    all
 }
 
 /// Bytes of one read while the protocol is not known.
 const READ: usize = 4096;
 /// A client that has begun what may be a line of HTTP has this long to send enough of it to be recognised.
-const SLOW: Duration = Duration::from_secs(10);
+pub const SLOW: Duration = Duration::from_secs(10);
 
 /// One look at what has arrived. `Ok(None)`: nothing yet.
 pub fn look(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<Option<Protocol>> {
@@ -60,32 +91,52 @@ pub fn look(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<Option<Proto
     }
 }
 
+/// What the declaration and the client's first bytes say. `None`: who speaks first decides, the client or the server.
+pub async fn begun(
+    declared: Declared,
+    socket: &TcpStream,
+    bytes: &mut BytesMut,
+) -> io::Result<Option<Protocol>> {
+    match declared {
+        Declared::Opaque => Ok(Some(Protocol::Opaque)),
+        Declared::Tls => read(socket, bytes).await.map(Some),
+        Declared::Http => Ok(Some(match read(socket, bytes).await? {
+            // HTTP/1 says what is wrong with it: passed on, the app might take it for a request that nobody has looked
+            // at. A client that ends without a word is left to TCP.
+            Protocol::Opaque if !bytes.is_empty() => Protocol::Http1,
+            known => known,
+        })),
+        Declared::Unset => {
+            let known = look(socket, bytes)?;
+            if known.is_some() || !bytes.is_empty() {
+                return Ok(known);
+            }
+            // What the client sent with its first packets may just not have been delivered yet.
+            tokio::task::yield_now().await;
+            look(socket, bytes)
+        }
+    }
+}
+
 /// Reads until the protocol is known. For connections whose client is known to speak first. One that is slow about
 /// what may be a request line is left to HTTP/1, which refuses it in time and says why.
-pub async fn read(socket: &TcpStream, mut bytes: BytesMut) -> io::Result<Opening> {
+async fn read(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<Protocol> {
     let mut deadline = None;
-    let protocol = loop {
+    loop {
         match deadline {
             None => socket.readable().await?,
             Some(deadline) => match timeout_at(deadline, socket.readable()).await {
                 Ok(readable) => readable?,
-                Err(_late) => break Protocol::Http1,
+                Err(_late) => return Ok(Protocol::Http1),
             },
         }
-        if let Some(protocol) = look(socket, &mut bytes)? {
-            break protocol;
-        }
-        if bytes.len() > MAX_PEEK {
-            break Protocol::Opaque;
+        if let Some(protocol) = look(socket, bytes)? {
+            return Ok(protocol);
         }
         if !bytes.is_empty() {
             deadline.get_or_insert_with(|| Instant::now() + SLOW);
         }
-    };
-    Ok(Opening {
-        protocol,
-        bytes: bytes.freeze(),
-    })
+    }
 }
 
 #[cfg(test)]
@@ -103,7 +154,7 @@ mod tests {
             "ws",
             "kubernetes.io/ws",
         ] {
-            assert_eq!(declared(name), Declared::ClientFirst, "{name}");
+            assert_eq!(declared(name), Declared::Http, "{name}");
         }
         for name in [
             "https",

@@ -237,6 +237,23 @@ pub fn watch<H: Send + Sync + Unpin + 'static>(
 }
 
 impl Record {
+    /// Of a request that has just come.
+    pub fn new(request: InFlight, grpc: bool) -> Self {
+        Self {
+            request,
+            error: None,
+            pick: None,
+            judged: false,
+            latency: Duration::ZERO,
+            sent: Sent::default(),
+            grpc,
+            tunnelled: false,
+            by_caller: false,
+            delayed: false,
+            story: None,
+        }
+    }
+
     /// Tells the balancer.
     pub fn judge(&mut self, success: bool) {
         if let Some(pick) = &mut self.pick
@@ -246,9 +263,7 @@ impl Record {
             pick.record(balance::Outcome { success, latency }, Instant::now());
         }
     }
-}
 
-impl Record {
     fn settle(self, outcome: Outcome) {
         let delay = self.delayed.then_some(ProxyError::FaultDelay);
         let outcome = Outcome {
@@ -528,19 +543,8 @@ mod tests {
             protocol: Protocol::Grpc,
             security: Security::Plaintext,
         };
-        Record {
-            request: telemetry.http.meter(&labels).start(&http::Method::POST),
-            error: None,
-            pick: None,
-            judged: false,
-            latency: Duration::ZERO,
-            sent: Sent::default(),
-            grpc,
-            tunnelled: false,
-            by_caller: false,
-            delayed: false,
-            story: None,
-        }
+        let request = telemetry.http.meter(&labels).start(&http::Method::POST);
+        Record::new(request, grpc)
     }
 
     fn silent(telemetry: &Telemetry, grpc: bool) -> Response<Body> {

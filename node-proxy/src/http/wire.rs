@@ -10,9 +10,8 @@
 //! app's own CONNECT one whose `:protocol` is [`CONNECT_PROTOCOL`]. What is large of a large head goes before the
 //! body ([`pack`]).
 //!
-//! Invariant: no header that begins with `warren-` passes from an app to the mesh or back; those on the
-//! tunnel are written by a proxy and removed by the next one. Nor one that begins with `warren_`: to a CGI program both
-//! are the same variable (RFC 3875, section 4.1.18).
+//! Invariant: no header that begins with `warren-` or `warren_` passes from an app to the mesh or back; those on the
+//! tunnel are written by a proxy and removed by the next one ([`mesh_api::headers::is_reserved`]).
 
 use std::fmt;
 use std::io::Write as _;
@@ -25,6 +24,7 @@ use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::request::Parts;
 use http::{Method, StatusCode, Version, response};
 use mesh_api::errors::ProxyError;
+use mesh_api::headers::is_reserved;
 use mesh_api::names::PROXY_ERROR_HEADER;
 
 use super::h1::{AbsoluteForm, HeaderCase, remove_hop_by_hop};
@@ -57,19 +57,15 @@ pub struct Envelope {
     pub service: Option<Arc<str>>,
     /// How long the connection to the app may take, if a policy says so.
     pub connect: Option<Duration>,
-}
-
-/// Whether only proxies may say this.
-fn is_reserved(name: &HeaderName) -> bool {
-    let rest = name.as_str().as_bytes().strip_prefix(b"warren");
-    rest.is_some_and(|rest| matches!(rest.first(), Some(b'-' | b'_')))
+    /// The caller's proxy sends the request again that the app did not process, or closed a kept connection under.
+    pub retries: bool,
 }
 
 /// Removes what only proxies may say. Returns whether there was any of it.
 pub fn strip(headers: &mut HeaderMap) -> bool {
     let forged: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| is_reserved(name))
+        .filter(|name| is_reserved(name.as_str()))
         .cloned()
         .collect();
     for name in &forged {
@@ -88,7 +84,9 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
         headers.insert(SERVICE, value(service)?);
     }
     headers.insert(VERSION, HeaderValue::from_static(version(parts.version)));
-    headers.insert(RETRIES, HeaderValue::from_static("1"));
+    if envelope.retries {
+        headers.insert(RETRIES, HeaderValue::from_static("1"));
+    }
     if let Some(connect) = envelope.connect {
         let millis = u64::try_from(connect.as_millis()).unwrap_or(u64::MAX);
         headers.insert(CONNECT_TIMEOUT, HeaderValue::from(millis));
@@ -118,18 +116,13 @@ pub fn seal(parts: &mut Parts, envelope: &Envelope) -> Result<(), ProxyError> {
     Ok(())
 }
 
-/// Whether the caller's proxy sends a request again that the app did not process, or closed a kept connection under.
-pub fn retries(headers: &mut HeaderMap) -> bool {
-    headers.remove(RETRIES).is_some()
-}
-
 /// Takes a request that came through a tunnel apart: what the proxies say, and the app's own request.
 pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
     let headers = &mut parts.headers;
     let names = [TARGET, SOURCE, SERVICE, VERSION, CASE, AUTHORITY, METHOD];
     let [target, source, service, version, case, authority, method] =
         names.map(|name| headers.remove(name));
-    let connect = headers.remove(CONNECT_TIMEOUT);
+    let [connect, retries] = [CONNECT_TIMEOUT, RETRIES].map(|name| headers.remove(name));
     // What a newer peer may say beside it.
     strip(headers);
     let target: SocketAddr = parse(target)?;
@@ -144,6 +137,7 @@ pub fn open(parts: &mut Parts) -> Result<Envelope, ProxyError> {
             None => None,
             millis => Some(Duration::from_millis(parse(millis)?)),
         },
+        retries: retries.is_some(),
     };
     parts.version = match version.as_ref().map(HeaderValue::as_bytes) {
         Some(b"1.0") => Version::HTTP_10,
@@ -302,4 +296,4 @@ mod large;
 #[cfg(test)]
 mod tests;
 
-pub use large::{pack, packed, unpack};
+pub use large::{HEAD, pack, packed, unpack};

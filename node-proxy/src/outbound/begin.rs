@@ -15,7 +15,6 @@ use crate::flow::Flow;
 use crate::http::caller::Target;
 use crate::http::detect::Protocol;
 use crate::http::opening::{self, Declared, Opening};
-use crate::http::route::RouteSet;
 use crate::pods::Pod;
 use crate::resolve::{self, Path};
 use crate::table::ServiceLookup;
@@ -51,31 +50,11 @@ pub(super) async fn begin(
     let target = target(worker, flow).await;
     let mut bytes = BytesMut::new();
     let gone = |_| ProxyError::Cancelled;
-    let known = match declared(&target, pod) {
-        Declared::Opaque => Some(Protocol::Opaque),
-        Declared::ClientFirst => {
-            let opening = opening::read(socket, bytes).await.map_err(gone)?;
-            bytes = opening.bytes.into();
-            Some(match opening.protocol {
-                // HTTP/1 says what is wrong with it: passed on, the app might take it for a request that nobody has looked
-                // at. A client that ends without a word is left to TCP.
-                Protocol::Opaque if !bytes.is_empty() && !has_tls_route(&target, pod) => {
-                    Protocol::Http1
-                }
-                known => known,
-            })
-        }
-        Declared::Unset => match opening::look(socket, &mut bytes).map_err(gone)? {
-            None if bytes.is_empty() => {
-                // What the client sent with its first packets may just not have been delivered yet.
-                tokio::task::yield_now().await;
-                opening::look(socket, &mut bytes).map_err(gone)?
-            }
-            known => known,
-        },
-    };
-    let known = match known {
-        Some(protocol @ (Protocol::Http1 | Protocol::Http2)) if !has_tls_route(&target, pod) => {
+    let declared = declared(&target, pod);
+    let known = opening::begun(declared, socket, &mut bytes).await;
+    let known = match known.map_err(gone)? {
+        // Only TLS passes where it is routed: anything else has no server name to be routed by.
+        Some(protocol @ (Protocol::Http1 | Protocol::Http2)) if declared != Declared::Tls => {
             let bytes = bytes.freeze();
             return Ok(Begun::Http(target, Opening { protocol, bytes }));
         }
@@ -192,28 +171,10 @@ fn declared(target: &Target, pod: &Pod) -> Declared {
         Target::Pod(_) => Declared::Unset,
         Target::Service(port) => {
             let rules = port.http.load();
-            match rules.routes_for(pod.identity.namespace()).map(|r| &**r) {
-                Some(RouteSet::Tls(_)) => Declared::ClientFirst,
-                Some(RouteSet::Tcp(_)) => Declared::Opaque,
-                Some(RouteSet::Http(_) | RouteSet::Grpc(_))
-                    if opening::declared(&port.app_protocol) != Declared::Opaque =>
-                {
-                    Declared::ClientFirst
-                }
-                Some(_) | None => opening::declared(&port.app_protocol),
-            }
+            let routes = rules.routes_for(pod.identity.namespace());
+            opening::of_service(port, routes.map(|set| &**set))
         }
     }
-}
-
-/// Whether only TLS may pass: anything else has no server name to be routed by.
-fn has_tls_route(target: &Target, pod: &Pod) -> bool {
-    let Target::Service(port) = target else {
-        return false;
-    };
-    let rules = port.http.load();
-    let routes = rules.routes_for(pod.identity.namespace());
-    matches!(routes.map(|set| &**set), Some(RouteSet::Tls(_)))
 }
 
 impl Route {

@@ -6,6 +6,7 @@ use mesh_api::proto::mesh;
 use prost::Message;
 
 use super::*;
+use crate::http::opening::{self, Declared};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -485,6 +486,35 @@ fn the_services_of_an_endpoint_of_this_node() {
     assert_eq!(of("10.0.0.1:8080"), ["demo/all:80"]);
     remove(&table, Kind::Service, &["demo/all", "demo/web"]);
     assert!(table.view.service_ports.is_empty());
+}
+
+#[test]
+fn what_the_services_of_an_endpoint_declare_counts_where_they_agree() {
+    let table = table(true);
+    let declare = |name: &str, app_protocol: &str| {
+        let of_name = slice(name, name, &[("", 8080)], &[("10.0.0.1", true)]);
+        put(&table, Kind::EndpointSlice, &[of_name]);
+        let service = mesh::Service {
+            namespace: "demo".into(),
+            name: name.into(),
+            ports: vec![mesh::ServicePort {
+                port: 80,
+                app_protocol: app_protocol.into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let update = update(&format!("demo/{name}"), &service);
+        put(&table, Kind::Service, &[update]);
+        let endpoint = "10.0.0.1:8080".parse().unwrap();
+        opening::of_endpoint(&table.service_ports(endpoint))
+    };
+    assert_eq!(declare("a", ""), Declared::Unset);
+    assert_eq!(declare("b", "http"), Declared::Http, "one says nothing");
+    assert_eq!(declare("c", "grpc"), Declared::Http, "another word for it");
+    assert_eq!(declare("d", "tcp"), Declared::Unset, "they differ");
+    remove(&table, Kind::Service, &["demo/b", "demo/c"]);
+    assert_eq!(declare("a", ""), Declared::Opaque);
 }
 
 #[tokio::test]

@@ -8,16 +8,16 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::Fuse;
-use h2::RecvStream;
 use h2::server::{Connection, SendResponse};
-use http::{Method, Request, Response, StatusCode};
+use h2::{RecvStream, SendStream};
+use http::{Request, Response, StatusCode};
 use mesh_api::errors::ProxyError;
 use mesh_api::identity::Identity;
 use mesh_api::names::PROXY_ERROR_HEADER;
 use mesh_api::tls::PeerRole;
 use prometheus_client::metrics::gauge::Gauge;
 use rustls::server::Acceptor;
-use tokio::io::BufReader;
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::LazyConfigAcceptor;
@@ -31,16 +31,17 @@ use super::{
     STREAM_WINDOW, claimed_source,
 };
 use crate::authorize;
-use crate::budget::{Charge, Resource};
+use crate::budget::{Account, Charge, Resource};
 use crate::deliver::{self, Delivered};
 use crate::flow::Flow;
 use crate::identity::LocalIdentity;
 use crate::pods::{CapturedGuard, Pod};
-use crate::tcp::reset_on_close;
+use crate::tcp::{Broken, reset_on_close};
 use crate::telemetry::{GaugeGuard, HandshakeLabels, Party, Reporter, Security, SideLabels};
 use crate::turns::{Paced, Turns};
 use crate::worker::Worker;
 
+mod hbone;
 mod request;
 
 use request::is_request;
@@ -345,16 +346,21 @@ impl Tunnel {
         let turns = Arc::clone(&self.turns);
         let tunnel = Arc::clone(self);
         // Each with room for itself only.
-        if is_request(&request) && matches!(self.entrance, Entrance::Node) {
-            self.worker.spawn(turns.take(async move {
-                tunnel.request(request, respond).await;
-                drop(open);
-            }));
-        } else {
-            self.worker.spawn(turns.take(async move {
+        match self.entrance {
+            Entrance::Node if is_request(&request) => {
+                self.worker.spawn(turns.take(async move {
+                    tunnel.request(request, respond).await;
+                    drop(open);
+                }));
+            }
+            Entrance::Node => self.worker.spawn(turns.take(async move {
                 tunnel.connection(request, respond).await;
                 drop(open);
-            }));
+            })),
+            Entrance::Pod(_) => self.worker.spawn(turns.take(async move {
+                tunnel.hbone(request, respond).await;
+                drop(open);
+            })),
         }
     }
 
@@ -373,70 +379,85 @@ impl Tunnel {
         flow
     }
 
-    /// A TCP connection.
-    async fn connection(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-        let context = Arc::clone(&self.worker.context);
+    /// A TCP connection, of which the peer has found out that it is nothing else.
+    async fn connection(&self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         let mut flow = self.flow();
-        let admitted = Box::pin(self.admit(&request, &mut flow)).await;
-        let Admitted {
-            pod,
-            mut delivered,
-            charge,
-            captured,
-        } = match admitted {
-            Ok(admitted) => admitted,
-            Err(error) => {
-                flow.fail(&context, error);
-                // A peer that has gone needs no answer.
-                let _ = respond.send_response(refused(error), true);
-                return;
+        let admitted = Box::pin(async {
+            let judged = self.admit(&request, &mut flow).await?;
+            let delivered = judged.deliver(&flow).await?;
+            Ok((judged, delivered))
+        });
+        match admitted.await {
+            Err(error) => self.refuse(&flow, error, respond),
+            Ok((judged, delivered)) => {
+                if let Some(stream) = accept(request, respond) {
+                    self.carry(judged, delivered, flow, Bytes::new(), stream)
+                        .await;
+                }
             }
-        };
-        let mut receive = request.into_body();
-        let Ok(mut send) = respond.send_response(Response::new(()), false) else {
-            return;
-        };
-        drop(respond);
+        }
+    }
+
+    fn refuse(&self, flow: &Flow, error: ProxyError, mut respond: SendResponse<Bytes>) {
+        flow.fail(&self.worker.context, error);
+        // A peer that has gone needs no answer.
+        let _ = respond.send_response(refused(error), true);
+    }
+
+    /// Carries a connection on, of which `begun` was read already.
+    async fn carry(
+        &self,
+        judged: Judged,
+        mut delivered: Delivered,
+        flow: Flow,
+        begun: Bytes,
+        (mut send, mut receive): (SendStream<Bytes>, RecvStream),
+    ) {
+        let context = &self.worker.context;
         let _listed = self.worker.list(
             "inbound",
-            &pod,
+            &judged.pod,
             flow.source_address,
             flow.destination_address,
         );
-        let buffered = [
-            pod.account.open_charge(Resource::BufferedBytes),
-            pod.account.open_charge(Resource::BufferedBytes),
-        ];
-        let open = flow.open(&context);
-        // Here the socket is the destination, so what goes into the tunnel is what was received.
-        let relaying = super::relay::relay(
-            delivered.stream(),
-            &mut send,
-            &mut receive,
-            &open.received,
-            &open.sent,
-            buffered,
-        );
-        let result = relaying.await;
+        let open = flow.open(context);
+        let carrying = async {
+            if !begun.is_empty() {
+                open.sent.add(begun.len());
+                let writing = delivered.stream().write_all(&begun);
+                writing.await.map_err(Broken::Io)?;
+            }
+            drop(begun);
+            // Here the socket is the destination, so what goes into the tunnel is what was received.
+            let buffered = buffered(&judged.pod.account);
+            super::relay::relay(
+                delivered.stream(),
+                &mut send,
+                &mut receive,
+                &open.received,
+                &open.sent,
+                buffered,
+            )
+            .await
+        };
+        let result = carrying.await;
         if result.is_ok() {
             delivered.recycle();
         }
         flow.ended(
-            &context,
+            context,
             &open,
             result.as_ref().err().and_then(crate::outbound::reason),
         );
-        drop((charge, captured));
     }
 
+    /// Whether a connection may be opened, and whose it is then.
     async fn admit(
         &self,
         request: &Request<RecvStream>,
         flow: &mut Flow,
-    ) -> Result<Admitted, ProxyError> {
-        if request.method() != Method::CONNECT
-            || request.extensions().get::<h2::ext::Protocol>().is_some()
-        {
+    ) -> Result<Judged, ProxyError> {
+        if is_request(request) {
             return Err(ProxyError::BadRequest);
         }
         let authority = request.uri().authority().ok_or(ProxyError::BadRequest)?;
@@ -448,19 +469,7 @@ impl Tunnel {
         let target = SocketAddr::new(target.ip().to_canonical(), target.port());
         flow.destination_address = target;
         let claimed = claimed_source(request.headers())?;
-        let Judged {
-            pod,
-            source,
-            charge,
-            captured,
-        } = self.judge(target, claimed, flow).await?;
-        let delivered = deliver::to_app(&pod, source, target).await?;
-        Ok(Admitted {
-            pod,
-            delivered,
-            charge,
-            captured,
-        })
+        self.judge(target, claimed, flow).await
     }
 
     /// Whether the peer may reach the target as the source it claims.
@@ -536,15 +545,28 @@ impl Tunnel {
 struct Judged {
     pod: Arc<Pod>,
     source: IpAddr,
-    charge: crate::budget::Charge,
+    charge: Charge,
     captured: CapturedGuard,
 }
 
-struct Admitted {
-    pod: Arc<Pod>,
-    delivered: Delivered,
-    charge: Charge,
-    captured: CapturedGuard,
+impl Judged {
+    async fn deliver(&self, flow: &Flow) -> Result<Delivered, ProxyError> {
+        deliver::to_app(&self.pod, self.source, flow.destination_address).await
+    }
+}
+
+/// Tells the peer that its connection is open. `None`: it has gone.
+fn accept(
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) -> Option<(SendStream<Bytes>, RecvStream)> {
+    let send = respond.send_response(Response::new(()), false).ok()?;
+    Some((send, request.into_body()))
+}
+
+/// For what waits in either direction.
+fn buffered(account: &Arc<Account>) -> [Charge; 2] {
+    [(); 2].map(|()| account.open_charge(Resource::BufferedBytes))
 }
 
 fn refused(error: ProxyError) -> Response<()> {

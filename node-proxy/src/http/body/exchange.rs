@@ -16,12 +16,9 @@ use tokio::time::timeout;
 
 use super::{Body, BodyError, PumpError, pump};
 use crate::budget::Account;
-use crate::http::BoxedRequest;
 use crate::http::frames::STALL;
 use crate::http::h1::{CONTINUE_WAIT, OnInterim, expects_continue};
-
-/// How many bytes of a large head are before the body (`wire::pack`).
-const PACKED: &str = "warren-head";
+use crate::http::{BoxedRequest, wire};
 
 /// What is held until the answer has ended: a place on the connection, a charge.
 pub type Held = Box<dyn Send + Sync>;
@@ -81,7 +78,7 @@ pub async fn exchange(
     let BoxedRequest { mut head, mut body } = request;
     let interim = head.extensions.remove::<OnInterim>();
     let ended = body.is_end_stream();
-    let packed = head.headers.contains_key(PACKED);
+    let packed = head.headers.contains_key(wire::HEAD);
     let (mut go, asked) = if is_to_be_asked_for(&body, &head) {
         let (go, asked) = oneshot::channel();
         (Some(go), Some(asked))
@@ -336,7 +333,7 @@ mod tests {
         let mut request = request.map(|body| body.after(Bytes::from_static(b"head")));
         request
             .headers_mut()
-            .insert(PACKED, http::HeaderValue::from_static("4"));
+            .insert(wire::HEAD, http::HeaderValue::from_static("4"));
         with(request, async |request, mut respond| {
             let mut body = request.into_body();
             assert_eq!(body.data().await.unwrap().unwrap(), "head");

@@ -20,7 +20,7 @@ use crate::budget::Account;
 use crate::http::BoxedRequest;
 use crate::http::attempt::{Answer, Failed, Way};
 use crate::http::body::Body;
-use crate::http::policy::{Budget, OverBudget, Policy, Timeouts};
+use crate::http::policy::{OverBudget, Policy, Timeouts};
 use crate::http::retry::{Cause, Pushback, Replay, Told, should_retry};
 use crate::http::watched::{Sent, grpc_status, is_failure};
 
@@ -90,17 +90,17 @@ impl Exchange<'_> {
             let over_deadline = of_request
                 .deadline
                 .is_some_and(|(deadline, _)| Clock::now() + pause >= deadline);
-            let budget = goal.budget(plan);
-            if over_deadline || !may_retry(goal, budget.as_ref()) {
-                if !over_deadline {
-                    self.record.request.retry_budget_exhausted();
-                }
+            if over_deadline {
                 self.record.judge(outcome.success);
-                let unavailable = budget.is_some_and(|b| b.over == OverBudget::Unavailable);
-                if unavailable && !over_deadline {
-                    return Err(ProxyError::RetryBudget.into());
-                }
                 return give(result, to);
+            }
+            if let Err(over) = goal.take_retry(plan) {
+                self.record.request.retry_budget_exhausted();
+                self.record.judge(outcome.success);
+                return match over {
+                    OverBudget::Unavailable => Err(ProxyError::RetryBudget.into()),
+                    OverBudget::Original => give(result, to),
+                };
             }
             if matches!(cause, Cause::IdleClosed) && retries == 0 {
                 // A race that any server may win: it says nothing of the endpoint, to which a session may belong.
@@ -267,20 +267,17 @@ async fn late(timeouts: &Timeouts, sent: &Sent) -> ProxyError {
 }
 
 impl Goal {
-    /// How many retries the Service takes; a pod that is called by its address has no budget.
-    fn budget(&self, plan: &Plan) -> Option<Budget> {
-        match self {
-            Self::Port(port) => Some(plan.policy.by_rule.budget(&port.http.load().policy)),
-            Self::Address(_) => None,
+    /// Takes a retry out of the Service's budget, or says what is done where none is left. A pod that is called by its
+    /// address has no budget.
+    fn take_retry(&self, plan: &Plan) -> Result<(), OverBudget> {
+        let Self::Port(port) = self else {
+            return Ok(());
+        };
+        let budget = plan.policy.by_rule.budget(&port.http.load().policy);
+        match port.state.try_retry(&budget, Instant::now()) {
+            true => Ok(()),
+            false => Err(budget.over),
         }
-    }
-}
-
-/// Whether the Service's budget has a retry left.
-fn may_retry(goal: &Goal, budget: Option<&Budget>) -> bool {
-    match (goal, budget) {
-        (Goal::Port(port), Some(budget)) => port.state.try_retry(budget, Instant::now()),
-        _ => true,
     }
 }
 

@@ -8,8 +8,9 @@ use h2::ext::Protocol as ExtendedProtocol;
 use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
+use mesh_api::headers::is_reserved;
 
-use super::{Envelope, clean, is_reserved, large, open, open_response, seal, seal_response};
+use super::{Envelope, clean, large, open, open_response, seal, seal_response};
 use crate::fuzz::{Input, headers, part};
 use crate::http::body::Body;
 use crate::http::h1::HeaderCase;
@@ -106,6 +107,7 @@ fn app(input: &mut Input<'_>) -> Option<(Parts, Envelope)> {
         source: ip,
         service: (kind & 0x20 != 0).then(|| "demo/web:80".into()),
         connect: (kind & 0x10 != 0).then(|| Duration::from_millis(u64::from(input.byte()))),
+        retries: kind & 0x08 != 0,
     };
     Some((parts, envelope))
 }
@@ -165,7 +167,7 @@ pub(crate) fn head(bytes: &[u8]) {
 }
 
 fn is_forged(headers: &HeaderMap) -> bool {
-    headers.keys().any(is_reserved)
+    headers.keys().any(|name| is_reserved(name.as_str()))
 }
 
 fn copy(parts: &Parts) -> Parts {

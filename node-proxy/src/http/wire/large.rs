@@ -10,15 +10,16 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use mesh_api::errors::ProxyError;
+use mesh_api::headers::is_reserved;
 use tokio::time::timeout;
 
-use super::is_reserved;
 use crate::http::body::Body;
 use crate::http::h1::is_ours;
 use crate::http::size;
 use crate::tunnel::MAX_HEADER_LIST;
 
-const HEAD: HeaderName = HeaderName::from_static("warren-head");
+/// How many bytes of a large head are before the body.
+pub const HEAD: HeaderName = HeaderName::from_static("warren-head");
 /// A head below this goes as it is: HPACK's table holds half of it (RFC 9113, 6.5.2).
 const LARGE: usize = 8 * 1024;
 /// Values from this length on are taken out of a large head.
@@ -61,7 +62,7 @@ pub fn pack(known: bool, headers: &mut HeaderMap, body: Body) -> Body {
 /// All values of a name go together: their order matters.
 fn goes(headers: &HeaderMap, name: &HeaderName) -> bool {
     let length: usize = headers.get_all(name).iter().map(HeaderValue::len).sum();
-    (length >= LONG || *name == header::CONTENT_LENGTH) && !is_reserved(name)
+    (length >= LONG || *name == header::CONTENT_LENGTH) && !is_reserved(name.as_str())
 }
 
 /// How many bytes of the head are before the body.
@@ -136,7 +137,7 @@ pub(super) fn parse(mut packed: Bytes, headers: &mut HeaderMap) -> Option<()> {
 
 /// What a peer may not say there: a proxy's own word, and what HTTP/2 forbids (RFC 9113, 8.2.2).
 fn is_forbidden(name: &HeaderName) -> bool {
-    is_reserved(name) || is_ours(name) || *name == header::UPGRADE
+    is_reserved(name.as_str()) || is_ours(name) || *name == header::UPGRADE
 }
 
 #[cfg(test)]
@@ -254,6 +255,7 @@ mod tests {
         let good = entry("x-a", "1");
         for bad in [
             entry("warren-client-id", "forged"),
+            entry("warren_client_id", "forged"),
             entry("transfer-encoding", "chunked"),
             entry("connection", "close"),
             entry("upgrade", "h2c"),

@@ -33,15 +33,14 @@ impl Tunnel {
         let body = Body::http2(stream, &parts.headers);
         let admitted = async {
             let packed = wire::packed(&mut parts.headers)?;
-            let retries = wire::retries(&mut parts.headers);
             let envelope = wire::open(&mut parts)?;
             flow.destination_address = envelope.target;
             let judged = self.judge(envelope.target, Some(envelope.source), &mut flow);
             let judged = judged.await?;
             let body = wire::unpack(packed, &mut parts.headers, body).await?;
-            Ok((judged, envelope, body, retries))
+            Ok((judged, envelope, body))
         };
-        let (judged, envelope, body, retries) = match admitted.await {
+        let (judged, envelope, body) = match admitted.await {
             Ok(judged) => judged,
             Err(error) => {
                 flow.fail(&context, error);
@@ -64,7 +63,7 @@ impl Tunnel {
                 .and_then(|reference| context.table.service_port(envelope.target, &reference)),
             security: Security::MutualTls,
             connect: envelope.connect,
-            alone: !retries,
+            alone: !envelope.retries,
         };
         self.serve_request(&pod, &call, (parts, body), &mut respond)
             .await;
