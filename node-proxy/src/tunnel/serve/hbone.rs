@@ -169,11 +169,19 @@ impl Tunnel {
         (mut send, mut receive): (SendStream<Bytes>, RecvStream),
     ) -> Result<(), ProxyError> {
         let account = &judged.pod.account;
-        let _charge = account.charge(Resource::Connection)?;
+        // It has both ends of it open.
+        let mut charge = account.open_charge(Resource::Connection);
+        charge.add(2)?;
         let (near, mut far) = bridge().map_err(|error| {
             tracing::error!(%error, "no sockets for an HTTP connection over HBONE");
             ProxyError::Internal
         })?;
+        let _listed = self.worker.list(
+            "inbound",
+            &judged.pod,
+            flow.source_address,
+            flow.destination_address,
+        );
         let call = Call {
             caller: flow.source.clone(),
             source: judged.source,
